@@ -1,0 +1,37 @@
+"""Where the tests run: 8 emulated CPU devices, unless an accelerator is asked for.
+
+``-m gpu`` and ``-m tpu`` leave the choice to JAX; ``MOEJAX_TEST_PLATFORM=cuda`` (or tpu, or cpu) makes it.
+JAX reads these variables when it is imported, so they are set before the first test module is.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+
+import pytest
+
+EMULATED_DEVICES = 8
+
+
+def platform_settings(mark_expression: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables for a test run that selects ``mark_expression`` (pytest's ``-m``)."""
+    platform = environ.get("MOEJAX_TEST_PLATFORM", "")
+    if not platform and re.search(r"(?<!not )\b(gpu|tpu)\b", mark_expression):
+        return {}
+    settings = {"JAX_PLATFORMS": platform or "cpu"}
+    flags = environ.get("XLA_FLAGS", "")
+    if settings["JAX_PLATFORMS"] == "cpu" and "xla_force_host_platform_device_count" not in flags:
+        settings["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={EMULATED_DEVICES}".strip()
+    return settings
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings = platform_settings(config.option.markexpr, os.environ)
+    late = "jax" in sys.modules and any(os.environ.get(name) != value for name, value in settings.items())
+    if late:
+        raise pytest.UsageError(
+            f"jax was imported before tests/conftest.py could set {settings}: "
+            "a pytest plugin does so; disable it with -p no:NAME, or set these variables yourself"
+        )
+    os.environ.update(settings)
