@@ -1,0 +1,21 @@
+"""Kernels for Mixture-of-Experts in JAX; needs jax only, usable without moejax.
+
+One folder for each operation, the same file names in each: `api.py` (the public functions), `ref.py` (slow
+and obvious, the oracle), one file for each back end, `specs.py` (shapes shared by tests and benchmark),
+`bench.py`.
+"""
+
+from kernels_pallas.dispatch import Backend, BackendRefused, Explanation, Implementation, Operation
+from kernels_pallas.grouped_matmul import GROUPED_FFN, GROUPED_MATMUL, grouped_ffn, grouped_matmul
+
+__all__ = [
+    "GROUPED_FFN",
+    "GROUPED_MATMUL",
+    "Backend",
+    "BackendRefused",
+    "Explanation",
+    "Implementation",
+    "Operation",
+    "grouped_ffn",
+    "grouped_matmul",
+]

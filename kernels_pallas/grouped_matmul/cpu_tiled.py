@@ -1,0 +1,193 @@
+"""Back end `cpu_tiled`: for each expert, its rows in tiles, by loops that follow the group's size.
+
+No row is copied to another place; an expert runs on its own rows, rounded up to a small tile. Groups are
+visited in ascending order and a tile is written whole: what its last part spills over the following group's
+rows is overwritten by that group's own tiles. A tile that would pass the end of the array moves back, and
+keeps what earlier tiles wrote.
+
+Temporaries beside inputs and outputs: a few tiles, one expert's gradients, and for the FFN the saved
+pre-activations. Correct on every platform, but a loop of small matmuls is slow on accelerators. `jax.vmap`
+runs the batch one by one.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul import ffn, groups
+from kernels_pallas.grouped_matmul.ffn import Activation, Hidden, Weights, accumulator, einsum
+from kernels_pallas.grouped_matmul.vjp import differentiable
+
+LARGE_TILE, SMALL_TILE, MIN_TILE = 256, 128, 8
+
+
+def tile_sizes(rows: int, experts: int) -> tuple[int, int]:
+    """Rows in a large and a small tile, powers of two (unless fewer rows exist) that follow the mean group.
+
+    Large ones carry most of the work, small ones a group's end: half of one is wasted there on average.
+    Both are the same where the mean group is too small to be cut further.
+    """
+    mean = -(-rows // experts)
+    small = min(rows, max(MIN_TILE, min(SMALL_TILE, 1 << (mean - 1).bit_length())))
+    return max(small, min(LARGE_TILE, 1 << (mean.bit_length() - 1))), small
+
+
+def _loop(start: Array, end: Array, tiles: tuple[int, int], rows: int, body: Callable, init):
+    """Folds `body(tile, at, fresh, mine, carry)` over one group: whole large tiles, then small ones.
+
+    `at` is the first row of the slice of `tile` rows. `fresh [R, 1]` marks rows not covered by an earlier
+    tile (all, unless the slice had to move back from the end of the array), `mine [R, 1]` those of them
+    that belong to the group. Both are None for large tiles: these lie wholly within the group.
+    """
+    large, small = tiles
+    whole = (end - start) // large if large > small else jnp.zeros_like(start)
+
+    def large_step(i: Array, carry):
+        return body(large, start + i * large, None, None, carry)
+
+    def small_step(i: Array, carry):
+        first = start + whole * large + i * small
+        at = jnp.minimum(first, rows - small)
+        row = at + jnp.arange(small, dtype=jnp.int32)
+        fresh = row >= first
+        return body(small, at, fresh[:, None], (fresh & (row < end))[:, None], carry)
+
+    if large > small:
+        init = lax.fori_loop(0, whole, large_step, init)
+    left = end - start - whole * large
+    return lax.fori_loop(0, (left + small - 1) // small, small_step, init)
+
+
+def _read(x: Array, at: Array, tile: int, keep: Array | None = None) -> Array:
+    rows = lax.dynamic_slice_in_dim(x, at, tile)
+    return rows if keep is None else jnp.where(keep, rows, jnp.zeros((), x.dtype))
+
+
+def _write(out: Array, rows: Array, at: Array, fresh: Array | None) -> Array:
+    rows = rows.astype(out.dtype)
+    if fresh is not None:
+        rows = jnp.where(fresh, rows, lax.dynamic_slice_in_dim(out, at, rows.shape[0]))
+    return lax.dynamic_update_slice_in_dim(out, rows, at, 0)
+
+
+def _product(lhs: Array, rhs: Array, group_sizes: Array, transpose_rhs: bool, dtype: jnp.dtype) -> Array:
+    @sequential_vmap
+    def run(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+        rows, tiles = lhs.shape[0], tile_sizes(lhs.shape[0], rhs.shape[0])
+        spec = "pk,nk->pn" if transpose_rhs else "pk,kn->pn"
+
+        def expert(out: Array, args: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            w, start, end = args
+
+            def body(tile: int, at: Array, fresh: Array | None, mine: Array | None, out: Array) -> Array:
+                return _write(out, einsum(spec, _read(lhs, at, tile), w), at, fresh)
+
+            return _loop(start, end, tiles, rows, body, out), None
+
+        out = groups.zeros((rows, rhs.shape[1 if transpose_rhs else 2]), dtype, lhs, rhs, group_sizes)
+        return lax.scan(expert, out, (rhs, *groups.bounds(group_sizes, rows)))[0]
+
+    return run(lhs, rhs, group_sizes)
+
+
+def _outer(lhs: Array, grad: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
+    @sequential_vmap
+    def run(lhs: Array, grad: Array, group_sizes: Array) -> Array:
+        rows, tiles = lhs.shape[0], tile_sizes(lhs.shape[0], group_sizes.shape[0])
+
+        def expert(_: None, args: tuple[Array, Array]) -> tuple[None, Array]:
+            def body(tile: int, at: Array, fresh: Array | None, mine: Array | None, dw: Array) -> Array:
+                return dw + einsum("pk,pn->kn", _read(lhs, at, tile, mine), _read(grad, at, tile, mine))
+
+            init = groups.zeros((lhs.shape[1], grad.shape[1]), accumulator(lhs.dtype), lhs, grad, group_sizes)
+            return None, _loop(*args, tiles, rows, body, init).astype(dtype)
+
+        return lax.scan(expert, None, groups.bounds(group_sizes, rows))[1]
+
+    return run(lhs, grad, group_sizes)
+
+
+grouped_matmul = differentiable(_product, _outer)
+
+
+def _ffn_forward(activation: Activation, xs: Array, group_sizes: Array, weights: Weights) -> tuple[Array, Hidden]:
+    @sequential_vmap
+    def run(xs: Array, group_sizes: Array, weights: Weights) -> tuple[Array, Hidden]:
+        rows, tiles = xs.shape[0], tile_sizes(xs.shape[0], weights.up.shape[0])
+
+        def expert(out: tuple[Array, Hidden], args: tuple[Weights, Array, Array]) -> tuple:
+            w, start, end = args
+
+            def body(
+                tile: int, at: Array, fresh: Array | None, mine: Array | None, out: tuple[Array, Hidden]
+            ) -> tuple[Array, Hidden]:
+                new = ffn.forward(activation, _read(xs, at, tile), w)
+                return jax.tree.map(lambda whole, part: _write(whole, part, at, fresh), out, new)
+
+            return _loop(start, end, tiles, rows, body, out), None
+
+        def zeros(columns: int) -> Array:
+            return groups.zeros((rows, columns), xs.dtype, xs, weights.up, group_sizes)
+
+        hidden = weights.up.shape[2]
+        saved = Hidden(None if weights.gate is None else zeros(hidden), zeros(hidden))
+        out = (zeros(xs.shape[1]), saved)
+        return lax.scan(expert, out, (weights, *groups.bounds(group_sizes, rows)))[0]
+
+    return run(xs, group_sizes, weights)
+
+
+def _ffn_backward(
+    activation: Activation, xs: Array, group_sizes: Array, weights: Weights, hidden: Hidden, dy: Array
+) -> tuple[Array, Weights]:
+    @sequential_vmap
+    def run(xs: Array, group_sizes: Array, weights: Weights, hidden: Hidden, dy: Array) -> tuple[Array, Weights]:
+        rows, tiles = xs.shape[0], tile_sizes(xs.shape[0], weights.up.shape[0])
+
+        def expert(dx: Array, args: tuple[Weights, Array, Array]) -> tuple[Array, Weights]:
+            w, start, end = args
+
+            def body(
+                tile: int, at: Array, fresh: Array | None, mine: Array | None, carry: tuple[Array, Weights]
+            ) -> tuple[Array, Weights]:
+                dx, dw = carry
+                x, h, g = (jax.tree.map(lambda a: _read(a, at, tile, mine), a) for a in (xs, hidden, dy))
+                dx_tile, dw_tile = ffn.backward(activation, x, h, g, w)
+                return _write(dx, dx_tile, at, fresh), jax.tree.map(jnp.add, dw, dw_tile)
+
+            wide = accumulator(xs.dtype)
+            dw = jax.tree.map(lambda a: groups.zeros(a.shape, wide, xs, a, dy, group_sizes), w)
+            dx, dw = _loop(start, end, tiles, rows, body, (dx, dw))
+            return dx, jax.tree.map(lambda a, like: a.astype(like.dtype), dw, w)
+
+        dx = groups.zeros(xs.shape, xs.dtype, xs, weights.up, dy, group_sizes)
+        return lax.scan(expert, dx, (weights, *groups.bounds(group_sizes, rows)))
+
+    return run(xs, group_sizes, weights, hidden, dy)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_ffn(
+    xs: Float[Array, "P D"], group_sizes: Int[Array, "E"], weights: Weights, activation: Activation
+) -> Float[Array, "P D"]:
+    """See `api.grouped_ffn`. Saves the pre-activations: 2 P F elements (P F if not gated)."""
+    return _ffn_forward(activation, xs, group_sizes, weights)[0]
+
+
+def _save(xs: Array, group_sizes: Array, weights: Weights, activation: Activation):
+    y, hidden = _ffn_forward(activation, xs, group_sizes, weights)
+    return y, (xs, group_sizes, weights, hidden)
+
+
+def _pull(activation: Activation, saved: tuple, dy: Array) -> tuple:
+    xs, group_sizes, weights, hidden = saved
+    dx, dw = _ffn_backward(activation, xs, group_sizes, weights, hidden, dy)
+    return dx, None, dw
+
+
+grouped_ffn.defvjp(_save, _pull)

@@ -1,0 +1,108 @@
+"""The expert FFN of one group of rows, forward and backward: for a tile `[R, D]` or many `[G, R, D]`.
+
+Back ends differ in how rows reach these functions, not in the maths. The backward is written out, not
+differentiated, because autodiff of a bfloat16 dot with a float32 result multiplies float32 by bfloat16,
+which is slow on accelerators.
+
+Letters: R rows of one group, D model, F expert hidden, G groups or blocks (optional leading axis, written
+`...`).
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+GATED = ("swiglu", "geglu")
+
+
+class Weights(NamedTuple):
+    """Weights of one expert, or of all with a leading axis; absent ones are None (no leaf of the pytree)."""
+
+    gate: Float[Array, "... D F"] | None
+    up: Float[Array, "... D F"]
+    down: Float[Array, "... F D"]
+    gate_bias: Float[Array, "... F"] | None = None
+    up_bias: Float[Array, "... F"] | None = None
+    down_bias: Float[Array, "... D"] | None = None
+
+
+class Hidden(NamedTuple):
+    """Pre-activations, all that the backward needs beside inputs and weights; gate is None if not gated."""
+
+    gate: Float[Array, "... R F"] | None
+    up: Float[Array, "... R F"]
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """Sums are taken in float32 (float64 for float64 inputs)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """float32 means float32, where accelerators take TF32 or bfloat16; the user's own setting goes first."""
+    if dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None:
+        return jax.lax.Precision.HIGHEST
+    return None
+
+
+def einsum(spec: str, a: Array, b: Array) -> Array:
+    """Einsum of two arrays of one dtype, accumulated and returned in `accumulator(dtype)`."""
+    return jnp.einsum(spec, a, b, precision=precision(a.dtype), preferred_element_type=accumulator(a.dtype))
+
+
+def activate(activation: Activation, hidden: Hidden) -> Float[Array, "... R F"]:
+    """swiglu: silu(gate) * up; geglu: gelu(gate) * up; gelu, relu: of up alone. gelu is the tanh form."""
+    act = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}[activation]
+    return act(hidden.up) if hidden.gate is None else act(hidden.gate) * hidden.up
+
+
+def _add_bias(y: Array, bias: Array | None) -> Array:
+    return y if bias is None else y + bias[..., None, :].astype(y.dtype)
+
+
+def forward(activation: Activation, x: Float[Array, "... R D"], w: Weights) -> tuple[Float[Array, "... R D"], Hidden]:
+    """y = act(x @ gate + b, x @ up + b) @ down + b; y and the pre-activations are in the dtype of x."""
+    gate = None if w.gate is None else _add_bias(einsum("...rd,...df->...rf", x, w.gate), w.gate_bias)
+    hidden = Hidden(gate, _add_bias(einsum("...rd,...df->...rf", x, w.up), w.up_bias))
+    h = activate(activation, hidden).astype(x.dtype)
+    y = _add_bias(einsum("...rf,...fd->...rd", h, w.down), w.down_bias)
+    return y.astype(x.dtype), jax.tree.map(lambda a: a.astype(x.dtype), hidden)
+
+
+def backward(
+    activation: Activation,
+    x: Float[Array, "... R D"],
+    hidden: Hidden,
+    dy: Float[Array, "... R D"],
+    w: Weights,
+) -> tuple[Float[Array, "... R D"], Weights]:
+    """Gradients (dx in the dtype of x, those of the weights as float32 sums over the rows R).
+
+    A row with dy = 0 and finite x and hidden adds nothing to the gradients of the weights.
+    """
+    wide = accumulator(x.dtype)
+    h, pull = jax.vjp(lambda p: activate(activation, p), jax.tree.map(lambda a: a.astype(wide), hidden))
+    dh = einsum("...rd,...fd->...rf", dy, w.down)
+    (d_wide,) = pull(dh)
+    d = jax.tree.map(lambda a: a.astype(x.dtype), d_wide)
+
+    dx = einsum("...rf,...df->...rd", d.up, w.up)
+    if w.gate is not None:
+        dx = dx + einsum("...rf,...df->...rd", d.gate, w.gate)
+
+    def over_rows(a: Array | None, bias: Array | None) -> Array | None:
+        return None if a is None or bias is None else jnp.sum(a, axis=-2, dtype=wide)
+
+    dw = Weights(
+        gate=None if w.gate is None else einsum("...rd,...rf->...df", x, d.gate),
+        up=einsum("...rd,...rf->...df", x, d.up),
+        down=einsum("...rf,...rd->...fd", h.astype(x.dtype), dy),
+        gate_bias=over_rows(d_wide.gate, w.gate_bias),
+        up_bias=over_rows(d_wide.up, w.up_bias),
+        down_bias=over_rows(dy, w.down_bias),
+    )
+    return dx.astype(x.dtype), dw
