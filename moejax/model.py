@@ -1,0 +1,231 @@
+"""The decoder language model: embeddings, groups of stacked blocks, final norm, logits.
+
+Layers that repeat are stacked along a leading axis and run by ``jax.lax.scan``, so that compile time does not grow with
+depth. A placement of MoE layers ("every second", "all but the first") becomes a list of groups: each group is a pattern
+of blocks (dense or MoE) and a number of repeats.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from moejax.blocks import AttentionInput, Block, KVCache, RMSNorm
+from moejax.config import ModelConfig
+from moejax.sharding import ArraySpec, create
+from moejax.types import Limit, MoEMetrics, RouteContext, pytree
+
+
+@pytree
+class ModelOutput:
+    logits: Float[Array, "B S V"]
+    """Float32."""
+    metrics: MoEMetrics | None
+    """Sums over the batch with a leading axis of MoE layers; None for a model without experts."""
+    cache: "Cache | None" = None
+
+
+@pytree
+class Cache:
+    """Key/value cache of all layers, and how many tokens each row holds."""
+
+    layers: tuple[tuple[KVCache, ...], ...]
+    """For each group, for each block of its pattern: stacked over the group's repeats."""
+    length: Int[Array, "B"]
+
+
+def layer_groups(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
+    """``[(pattern, repeats)]``: which layers are MoE, as repeated patterns that cover ``num_layers``."""
+    moe = config.moe
+    is_moe = [
+        i >= moe.first_dense and (i - moe.first_dense) % moe.every == moe.every - 1 for i in range(config.num_layers)
+    ]
+    groups: list[tuple[tuple[bool, ...], int]] = []
+    if moe.first_dense:
+        groups.append(((False,), min(moe.first_dense, config.num_layers)))
+    rest = is_moe[moe.first_dense :]
+    repeats, tail = divmod(len(rest), moe.every)
+    if repeats:
+        groups.append((tuple(rest[: moe.every]), repeats))
+    if tail:
+        groups.append((tuple(rest[-tail:]), 1))
+    return groups
+
+
+def moe_layer_ids(config: ModelConfig) -> list[int]:
+    """Indices of the MoE layers, in order."""
+    flags = [flag for pattern, repeats in layer_groups(config) for flag in pattern * repeats]
+    return [i for i, flag in enumerate(flags) if flag]
+
+
+class BlockGroup(nnx.Module):
+    """One pattern of blocks; built under ``vmap`` over keys, it holds its repeats stacked."""
+
+    def __init__(self, config: ModelConfig, pattern: tuple[bool, ...], key: PRNGKeyArray) -> None:
+        keys = jax.random.split(key, len(pattern))
+        self.blocks = nnx.List([Block(config, is_moe, k) for is_moe, k in zip(pattern, keys, strict=True)])
+
+    def __call__(
+        self,
+        x: Array,
+        tokens: AttentionInput,
+        ctx: RouteContext,
+        limits: tuple[Limit, ...] | None,
+        caches: tuple[KVCache, ...] | None,
+    ) -> tuple[Array, tuple[MoEMetrics, ...], tuple[KVCache, ...] | None]:
+        metrics, new_caches = [], []
+        for i, block in enumerate(self.blocks):
+            key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
+            block_ctx = dataclasses.replace(ctx, key=key)
+            x, m, c = block(x, tokens, block_ctx, limits, None if caches is None else caches[i])
+            if m is not None:
+                metrics.append(m)
+            if c is not None:
+                new_caches.append(c)
+        return x, tuple(metrics), tuple(new_caches) if caches is not None else None
+
+
+class Decoder(nnx.Module):
+    """Decoder-only language model with dense and MoE layers in any placement."""
+
+    def __init__(self, config: ModelConfig, key: PRNGKeyArray) -> None:
+        self.config = config
+        groups = layer_groups(config)
+        keys = jax.random.split(key, len(groups) + 2)
+        embed = ArraySpec((config.vocab_size, config.dim), ("vocab", "embed"), fan_in=config.dim)
+        self.embed = create(embed, keys[0], config.init_scale)
+        self.unembed = None if config.tie_embeddings else create(embed, keys[1], config.init_scale)
+        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.groups = nnx.List(
+            [
+                jax.vmap(lambda k, pattern=pattern: BlockGroup(config, pattern, k))(
+                    jax.random.split(group_key, repeats)
+                )
+                for (pattern, repeats), group_key in zip(groups, keys[2:], strict=True)
+            ]
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+        mask: Bool[Array, "B S"] | None = None,
+        cache: Cache | None = None,
+        key: PRNGKeyArray | None = None,
+        limits: tuple[Limit, ...] | None = None,
+        train: bool = False,
+    ) -> ModelOutput:
+        """Logits of the next token at every place.
+
+        Args:
+          tokens: token ids.
+          positions: rotary positions; default counts from 0 (from ``cache.length`` with a cache).
+          segment_ids: documents; attention stays within one. Not with a cache.
+          mask: real tokens. Padding takes no expert capacity and counts in no metric. Pad on the right.
+          cache: from :meth:`init_cache`; the new tokens are appended and the updated cache returned.
+          key: for routers or limits that draw at random.
+          limits: transforms of every layer's Routing instead of the config's own; None takes those.
+          train: switches on router noise and jitter.
+        """
+        config = self.config
+        batch, seq = tokens.shape
+        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
+        index = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
+        if positions is None:
+            positions = index
+        if cache is not None and segment_ids is not None:
+            raise ValueError("a cache holds one document for each row: leave segment_ids out")
+        attention = AttentionInput(positions=positions, index=index, segment_ids=segment_ids)
+        ctx = RouteContext(
+            key=key, mask=mask, token_ids=tokens, positions=positions, request_ids=segment_ids, train=train
+        )
+        scale = math.sqrt(config.dim) if config.scale_embeddings else 1.0
+        x = (self.embed[...][tokens] * scale).astype(config.compute_dtype)
+        collected, caches = [], []
+        for i, group in enumerate(self.groups):
+            group_cache = None if cache is None else cache.layers[i]
+            group_key = None if key is None else jax.random.fold_in(key, i)
+            group_ctx = dataclasses.replace(ctx, key=group_key)
+            x, metrics, new_cache = self._run_group(group, x, attention, group_ctx, limits, group_cache)
+            collected.append(metrics)
+            caches.append(new_cache)
+        x = self.final_norm(x)
+        table = self.embed if self.unembed is None else self.unembed
+        logits = jnp.einsum("bsd,vd->bsv", x, table[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        if config.logit_softcap:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        if cache is not None:
+            added = jnp.full(batch, seq, jnp.int32) if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32)
+            cache = Cache(layers=tuple(caches), length=cache.length + added)
+        return ModelOutput(logits=logits, metrics=_stack_layers(collected), cache=cache)
+
+    def _run_group(
+        self,
+        group: BlockGroup,
+        x: Array,
+        tokens: AttentionInput,
+        ctx: RouteContext,
+        limits: tuple[Limit, ...] | None,
+        caches: tuple[KVCache, ...] | None,
+    ) -> tuple[Array, tuple[MoEMetrics, ...], tuple[KVCache, ...] | None]:
+        repeats = jax.tree.leaves(group)[0].shape[0]
+
+        def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
+            blocks, i, layer_caches = layer
+            key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
+            layer_ctx = dataclasses.replace(ctx, key=key)
+            x, metrics, new_caches = blocks(x, tokens, layer_ctx, limits, layer_caches)
+            return x, (metrics, new_caches)
+
+        run = _rematerialised(body, self.config.remat)
+        if self.config.layer_loop == "scan" and repeats > 1:
+            x, (metrics, caches) = jax.lax.scan(run, x, (group, jnp.arange(repeats), caches))
+            return x, metrics, caches
+        outs = []
+        for i in range(repeats):
+            x, out = run(x, jax.tree.map(lambda leaf, i=i: leaf[i], (group, jnp.arange(repeats), caches)))
+            outs.append(out)
+        metrics, caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        return x, metrics, caches
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
+        """An empty cache for ``max_len`` tokens in each of ``batch`` rows."""
+        a = self.config.attention
+        dtype = dtype or self.config.compute_dtype
+        shape = (batch, max_len, a.num_kv_heads, a.head_dim)
+        layers = []
+        for pattern, repeats in layer_groups(self.config):
+            empty = KVCache(k=jnp.zeros((repeats, *shape), dtype), v=jnp.zeros((repeats, *shape), dtype))
+            layers.append(tuple(empty for _ in pattern))
+        return Cache(layers=tuple(layers), length=jnp.zeros(batch, jnp.int32))
+
+
+def _stack_layers(collected: list[tuple[MoEMetrics, ...]]) -> MoEMetrics | None:
+    """Metrics of groups (each block of a pattern stacked over repeats) in layer order: ``[L_moe, ...]``."""
+    parts = []
+    for group in collected:
+        if group:  # [repeats, blocks of the pattern, ...] -> layer order
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *group)
+            parts.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stacked))
+    if not parts:
+        return None
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _rematerialised(body: Callable, choice: str) -> Callable:
+    if choice == "none":
+        return body
+    policy = None if choice == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(body, policy=policy)
+
+
+def build(config: ModelConfig, seed: int = 0) -> Decoder:
+    """A :class:`Decoder` with random weights from ``seed``. The config must have passed ``validate.check``."""
+    return Decoder(config, jax.random.key(seed))

@@ -1,0 +1,186 @@
+"""The MoE layer: three calls that are separable in time, and the only place that knows the order of the stages.
+
+``begin`` routes, limits, prefetches and starts dispatch; ``compute`` runs the grouped FFN on what has arrived;
+``finish`` makes the return trip and the weighted combine. A block that wants communication or offloading hidden behind
+other work calls them apart (seam 6); everybody else calls the layer.
+
+Each call runs on every device's own tokens (``dispatch.per_shard``), so between the calls every leaf of an InFlight has
+a leading shard axis.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from moejax import dispatch, experts, limits, routing
+from moejax.config import MoEConfig
+from moejax.partition import ExpertTransform
+from moejax.sharding import ArraySpec, create
+from moejax.types import Activation, ExpertWeights, InFlight, Limit, MoEMetrics, RouteContext, Routing
+
+
+class Router(nnx.Module):
+    """Holds the arrays that a router family declares; routing itself is a pure function (``moejax.routing``)."""
+
+    def __init__(self, config: MoEConfig, dim: int, key: PRNGKeyArray, scale: float) -> None:
+        self.config = config.router
+        self.family = routing.FAMILIES[config.router.name]
+        specs = self.family.arrays(dim, config.num_experts)
+        keys = jax.random.split(key, len(specs))
+        self.arrays = nnx.Dict({n: create(s, k, scale) for (n, s), k in zip(sorted(specs.items()), keys, strict=True)})
+
+    def weights(self) -> dict[str, Array]:
+        return {name: variable[...] for name, variable in self.arrays.items()}
+
+
+class MoELayer(nnx.Module):
+    """Routed experts, and shared experts beside them where the config has some."""
+
+    def __init__(
+        self, config: MoEConfig, dim: int, activation: Activation, key: PRNGKeyArray, scale: float = 1.0
+    ) -> None:
+        keys = jax.random.split(key, 4)
+        self.config = config
+        self.activation: Activation = activation
+        self.router = Router(config, dim, keys[0], scale)
+        self.store = experts.DeviceStore(config.num_experts, dim, config.expert_dim, activation, keys[1], scale)
+        self.transforms: tuple[ExpertTransform, ...] = ()
+        width = config.shared_experts * config.expert_dim
+        gated = config.shared_experts and config.shared_gate == "sigmoid"
+        self.shared = experts.DenseFFN(dim, width, activation, keys[2], scale) if width else None
+        self.shared_gate = (
+            create(ArraySpec((dim, 1), ("embed", "router"), fan_in=dim), keys[3], scale) if gated else None
+        )
+
+    def begin(
+        self, z: Float[Array, "B S D"], ctx: RouteContext, extra_limits: tuple[Limit, ...] | None = None
+    ) -> InFlight:
+        """Routes ``z``, applies limits, and dispatches.
+
+        Args:
+          z: what the router reads and the experts compute. For the standard wiring the FFN's input.
+          ctx: per-token leaves are ``[B, S]`` here; they are flattened inside.
+          extra_limits: limits instead of the config's own; None takes the config's.
+        """
+        chosen = self._config_limits() if extra_limits is None else extra_limits
+        in_force, transforms = chosen, self.transforms
+        router, fam, backend = self.router.config, self.router.family, self.config.dispatcher
+        tokens = dataclasses.replace(ctx, key=None, loads=None, local_experts=None)
+
+        def on_shard(z: Array, tokens: RouteContext, whole: tuple) -> InFlight:
+            weights, in_force, transforms, key, loads = whole
+            x = z.reshape(-1, z.shape[-1])
+            if key is not None:
+                key = jax.random.fold_in(key, dispatch.shard_index())
+            flat = jax.tree.map(lambda leaf: leaf.reshape(-1), tokens)
+            local = dataclasses.replace(flat, key=key, loads=loads)
+            with jax.named_scope("route"):
+                made = fam.route(x, weights, local, router)
+            with jax.named_scope("limit"):
+                kept = limits.apply(in_force, made, local)
+            for transform in transforms:
+                kept = transform.remap(kept)
+            with jax.named_scope("dispatch"):
+                plan = dispatch.PLANS[backend](kept, x.shape[0])
+                xs = dispatch.dispatch(x, plan, backend=backend)
+            metrics = summarise(made, kept, local, plan.overflow)
+            return InFlight(xs=xs, plan=plan, weight=kept.weight, metrics=metrics, num_tokens=x.shape[0])
+
+        whole = (self.router.weights(), in_force, transforms, ctx.key, ctx.loads)
+        return dispatch.per_shard(on_shard, (z, tokens), whole)
+
+    def compute(self, flight: InFlight) -> InFlight:
+        """Runs each expert on its rows."""
+        weights = self.store.get()
+        for transform in self.transforms:
+            weights = transform.weights(weights)
+        activation, implementation = self.activation, self.config.implementation
+        if self.config.dispatcher == "dense":
+            implementation = "ref"
+
+        def on_shard(xs: Array, group_sizes: Array, weights: ExpertWeights) -> Array:
+            with jax.named_scope("experts"):
+                return experts.grouped_ffn(xs[0], group_sizes[0], weights, activation, implementation)
+
+        ys = dispatch.per_shard(on_shard, (flight.xs, flight.plan.group_sizes), weights)
+        return dataclasses.replace(flight, xs=ys)
+
+    def finish(self, flight: InFlight, shape: tuple[int, ...]) -> tuple[Float[Array, "B S D"], MoEMetrics]:
+        """Combines the experts' outputs into ``shape`` and sums the metrics over devices."""
+        backend = self.config.dispatcher
+
+        def on_shard(ys: Array, weight: Array, plan: dispatch.DispatchPlan, whole: None) -> Array:
+            del whole
+            plan = jax.tree.map(lambda leaf: leaf[0], plan)
+            with jax.named_scope("combine"):
+                return dispatch.combine(ys[0], weight[0], plan, flight.num_tokens, backend=backend)
+
+        y = dispatch.per_shard(on_shard, (flight.xs, flight.weight, flight.plan), None)
+        return y.reshape(shape), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), flight.metrics)
+
+    def shared_output(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"] | None:
+        """Output of the shared experts, scaled by their gate where there is one; None without shared experts."""
+        if self.shared is None:
+            return None
+        y = self.shared(x)
+        if self.shared_gate is not None:
+            y = jax.nn.sigmoid(x.astype(jnp.float32) @ self.shared_gate[...]).astype(y.dtype) * y
+        return y
+
+    def __call__(
+        self, x: Float[Array, "B S D"], ctx: RouteContext, extra_limits: tuple[Limit, ...] | None = None
+    ) -> tuple[Float[Array, "B S D"], MoEMetrics]:
+        y, metrics = self.finish(self.compute(self.begin(x, ctx, extra_limits)), x.shape)
+        shared = self.shared_output(x)
+        return (y if shared is None else y + shared), metrics
+
+    def _config_limits(self) -> tuple[Limit, ...]:
+        if self.config.capacity_factor <= 0:
+            return ()
+        return (limits.token_drop(self.config.capacity_factor, self.config.capacity_order),)
+
+
+def summarise(made: Routing, kept: Routing, ctx: RouteContext, overflow: Array) -> MoEMetrics:
+    """What the router made and what is left of it, as sums over this shard's tokens."""
+    num_tokens, num_experts = made.probs.shape
+    mask = routing.token_mask(ctx, num_tokens)
+    real = mask.astype(jnp.float32)
+    routed = per_expert(made, made.valid.astype(jnp.float32), num_experts)
+    # A remap may split a pair into P pieces and renumber experts; loads are reported per expert in force.
+    computed = per_expert(kept, kept.valid.astype(jnp.float32), num_experts)
+    shared_width = min(made.valid.shape[1], kept.valid.shape[1])
+    lost = made.valid[:, :shared_width] & ~kept.valid[:, :shared_width]
+    added = (
+        jnp.sum(kept.valid, dtype=jnp.float32)
+        - jnp.sum(made.valid, dtype=jnp.float32)
+        + jnp.sum(lost, dtype=jnp.float32)
+    )
+    token = jnp.arange(num_tokens) if kept.token is None else kept.token
+    pairs_of_token = jnp.zeros_like(real).at[token].add(jnp.sum(kept.valid, axis=1, dtype=jnp.float32))
+    normal = made.probs / jnp.maximum(jnp.sum(made.probs, axis=-1, keepdims=True), 1e-20)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(normal, normal), axis=-1)
+    z = jax.scipy.special.logsumexp(made.logits, axis=-1) ** 2
+    load_prob_sum = routed if made.load_prob is None else jnp.sum(made.load_prob * real[:, None], axis=0)
+    return MoEMetrics(
+        tokens=jnp.sum(real),
+        routed=routed,
+        computed=computed,
+        dropped=jnp.sum(lost, dtype=jnp.float32),
+        added=added,
+        overflow=overflow.astype(jnp.float32),
+        lost_tokens=jnp.sum(jnp.where(pairs_of_token > 0, 0.0, real)),
+        prob_sum=jnp.sum(normal * real[:, None], axis=0),
+        gate_sum=per_expert(made, jnp.where(made.valid, made.weight, 0.0), num_experts),
+        load_prob_sum=load_prob_sum,
+        z_sum=jnp.sum(z * real),
+        entropy_sum=jnp.sum(jax.lax.stop_gradient(entropy) * real),
+    )
+
+
+def per_expert(table: Routing, value: Float[Array, "R K"], num_experts: int) -> Float[Array, "E"]:
+    """Sum of ``value`` over the pairs of each expert, as a fused compare-and-sum (no scatter, deterministic)."""
+    hit = table.expert[..., None] == jnp.arange(num_experts, dtype=table.expert.dtype)
+    return jnp.sum(jnp.where(hit, value[..., None], 0.0), axis=(0, 1))

@@ -1,0 +1,178 @@
+"""The values that travel between the stages of an MoE layer, and the legend of axis letters.
+
+Axis letters of the whole project (lower case is the per-shard size inside ``shard_map``)::
+
+    B batch   S sequence   T tokens      D model        F expert hidden   E experts   V vocabulary
+    R routing rows   K choices per row   P pairs   C capacity   L layers   H heads   G key/value heads   N head dim
+
+Everything here is a frozen dataclass registered as a pytree: it can be passed through ``jit``, ``vmap``, ``scan`` and
+``shard_map`` and is never mutated. Nothing here computes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, dataclass_transform
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type) -> type:
+    """Makes ``cls`` a frozen dataclass and a pytree; a field with metadata ``static=True`` is part of the structure."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)
+    static = [f.name for f in fields if f.metadata.get("static", False)]
+    leaves = [f.name for f in fields if f.name not in static]
+    jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)
+    return cls
+
+
+def static(default=dataclasses.MISSING):
+    """A dataclass field that is part of the pytree's structure, so that a new value recompiles."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@pytree
+class Routing:
+    """Which expert computes which token with which gate weight: a table of pairs, one row per token or per pair.
+
+    For token choice ``R == T``, row ``r`` is token ``r`` and its ``K`` entries are its candidates (the top-k, or the
+    top-k plus the experts of its own rank). For expert choice each row is one pair, ``K == 1``, and ``token`` names it.
+    A limit never removes an entry: it clears ``valid``, so that dropped pairs stay countable.
+    """
+
+    expert: Int[Array, "R K"]
+    """Expert of each pair, in ``[0, E)``."""
+    weight: Float[Array, "R K"]
+    """What combine multiplies the expert's output by (float32)."""
+    score: Float[Array, "R K"]
+    """What limits rank by. Papers disagree exactly on weight versus score, so both are kept (float32)."""
+    valid: Bool[Array, "R K"]
+    """False means dropped: never dispatched, never computed, always counted. Padding is born False."""
+    probs: Float[Array, "T E"]
+    """Router output over all experts after its nonlinearity, for losses, metrics and reroute (float32)."""
+    logits: Float[Array, "T E"]
+    """Router output before its nonlinearity, without noise: the z-loss needs it (float32)."""
+    token: Int[Array, "R"] | None = None
+    """Token of each row, or None when row ``r`` is token ``r``."""
+    load_prob: Float[Array, "T E"] | None = None
+    """Probability that a fresh draw of the noise would select the expert (Shazeer's smooth load); None without
+    noise."""
+
+
+@pytree
+class SoftRouting:
+    """A dense mixture: every slot mixes all tokens and every token mixes all slots (Soft MoE). Einsum dispatch only."""
+
+    dispatch: Float[Array, "T E C"]
+    combine: Float[Array, "T E C"]
+    probs: Float[Array, "T E"]
+
+
+@pytree
+class RouteContext:
+    """All that a router or a limit sees beside its own arguments.
+
+    Run-time settings are arrays, so that changing one never recompiles. Every field has a neutral default.
+    """
+
+    key: PRNGKeyArray | None = None
+    """Random key of this layer and step; None where nothing may be random."""
+    mask: Bool[Array, "T"] | None = None
+    """True for real tokens. None: all are real."""
+    token_ids: Int[Array, "T"] | None = None
+    positions: Int[Array, "T"] | None = None
+    request_ids: Int[Array, "T"] | None = None
+    modality: Int[Array, "T"] | None = None
+    local_experts: Int[Array, "e"] | None = None
+    """Expert ids that this rank hosts; None: all of them."""
+    loads: Float[Array, "E"] | None = None
+    """Pairs for each expert, over all ranks where a collective has made them."""
+    axis_name: str | None = static(None)
+    """Mesh axis of expert parallelism inside ``shard_map``; None on one device."""
+    train: bool = static(False)
+    """Training adds noise and jitter; evaluation does not."""
+
+
+@pytree
+class DispatchPlan:
+    """Where every pair goes: rows sorted by expert, and the way back.
+
+    ``P`` (``token_of_row.shape[0]``) is static. Rows past ``sum(group_sizes)`` belong to no pair.
+    """
+
+    token_of_row: Int[Array, "P"]
+    """Source token of each row; ``T`` (out of bounds) for rows that hold no pair."""
+    row_of_pair: Int[Array, "R K"]
+    """Row of each pair; ``P`` (out of bounds) for dropped pairs."""
+    pair_of_row: Int[Array, "P"]
+    """Flat pair (``r * K + k``) of each row; ``R * K`` (out of bounds) for rows that hold no pair."""
+    group_sizes: Int[Array, "E"]
+    """Rows of each expert. Rows are ordered by expert, then by pair."""
+    token: Int[Array, "R"] | None
+    """As in :class:`Routing`."""
+    overflow: Int[Array, ""]
+    """Valid pairs that did not fit into ``P`` rows. Counted, never silent."""
+
+
+@pytree
+class ExpertWeights:
+    """Weights of the experts of one layer. ``gate`` is None for activations without a gate."""
+
+    up: Float[Array, "E D F"]
+    down: Float[Array, "E F D"]
+    gate: Float[Array, "E D F"] | None = None
+    up_bias: Float[Array, "E F"] | None = None
+    gate_bias: Float[Array, "E F"] | None = None
+    down_bias: Float[Array, "E D"] | None = None
+
+
+@pytree
+class MoEMetrics:
+    """What one MoE layer did, as sums over tokens, so that adding them over shards and micro-batches is exact.
+
+    Ratios (utilisation, entropy, losses) are made from the sums once a step, in ``losses.py`` and ``metrics.py``.
+    """
+
+    tokens: Float[Array, ""]
+    """Real tokens."""
+    routed: Float[Array, "E"]
+    """Pairs that the router made for each expert, before limits."""
+    computed: Float[Array, "E"]
+    """Pairs that were dispatched for each expert, after limits."""
+    dropped: Float[Array, ""]
+    """Router pairs that a limit removed."""
+    added: Float[Array, ""]
+    """Pairs computed that the router had not made (reroute, expansion)."""
+    overflow: Float[Array, ""]
+    """Pairs lost because a static buffer was too small. Zero in every published row."""
+    lost_tokens: Float[Array, ""]
+    """Real tokens with no pair left: they pass through the residual and the shared experts only."""
+    prob_sum: Float[Array, "E"]
+    """Sum over tokens of the router's probability of each expert."""
+    gate_sum: Float[Array, "E"]
+    """Sum over tokens of the gate weight given to each expert (Shazeer's importance)."""
+    load_prob_sum: Float[Array, "E"]
+    """Sum over tokens of the smooth load; equal to ``routed`` for routers without noise."""
+    z_sum: Float[Array, ""]
+    """Sum over tokens of ``logsumexp(logits)^2``."""
+    entropy_sum: Float[Array, ""]
+    """Sum over tokens of the entropy of the router's normalised probabilities, in nats."""
+
+
+@pytree
+class InFlight:
+    """An MoE layer between ``begin`` and ``finish``: what has been routed and where its rows are."""
+
+    xs: Float[Array, "P D"]
+    """Rows on their way to the experts, or the experts' outputs after ``compute``."""
+    plan: DispatchPlan
+    weight: Float[Array, "R K"]
+    metrics: MoEMetrics
+    num_tokens: int = static(0)
+
+
+Limit = Callable[[Routing, RouteContext], Routing]
