@@ -1,0 +1,1 @@
+"""Entry points: run, sweep, report, logits, generate, replay."""
