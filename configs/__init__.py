@@ -1,0 +1,1 @@
+"""Configurations; see ``configs/base.py`` for every field."""

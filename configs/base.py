@@ -1,0 +1,126 @@
+"""The smallest complete config: every field that there is, with its default.
+
+Other configs start from ``get_config()`` and change what they are about. The fields' meanings, in full, stand in
+``moejax/config.py``; a test holds this file to those dataclasses.
+
+    python -m experiments.run --config=configs/base.py --workdir=runs/base --config.train.steps=20
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "base"
+    config.scale = "custom"  # tiny | h100 | paper | custom
+    config.init_from = ""  # workdir or checkpoint folder whose parameters start the run
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 0  # 0: the tokenizer's, rounded up to a multiple of 64
+    config.model.num_layers = 2
+    config.model.dim = 128
+    config.model.ffn_dim = 512  # hidden width of dense FFN layers
+    config.model.activation = "swiglu"  # swiglu | geglu | gelu | relu
+    config.model.wiring = "standard"
+    config.model.tie_embeddings = True
+    config.model.scale_embeddings = True
+    config.model.norm_eps = 1e-6
+    config.model.logit_softcap = 0.0
+    config.model.init_scale = 1.0
+    config.model.compute_dtype = "bfloat16"  # parameters are float32 always
+    config.model.layer_loop = "scan"  # unroll: slower to compile, open to a debugger
+    config.model.remat = "none"  # none | block | dots
+
+    config.model.attention = ConfigDict()
+    config.model.attention.num_heads = 4
+    config.model.attention.num_kv_heads = 4
+    config.model.attention.head_dim = 32
+    config.model.attention.qk_norm = False
+    config.model.attention.bias = False
+    config.model.attention.rope_theta = 10_000.0
+    config.model.attention.implementation = "auto"  # auto | xla | cudnn
+
+    config.model.moe = ConfigDict()
+    config.model.moe.num_experts = 8
+    config.model.moe.expert_dim = 128  # hidden width of one routed expert
+    config.model.moe.first_dense = 0  # the first so many layers are dense
+    config.model.moe.every = 1  # then the last layer of every so many is MoE
+    config.model.moe.shared_experts = 0
+    config.model.moe.shared_gate = "none"  # none | sigmoid
+    config.model.moe.capacity_factor = 0.0  # 0: dropless
+    config.model.moe.capacity_order = "score"  # score | order | reverse | random
+    config.model.moe.dispatcher = "local"  # local | dense
+    config.model.moe.implementation = "auto"  # back end of the grouped matmul
+    config.model.moe.losses = ConfigDict({"balance": 0.01, "z": 0.001})
+
+    config.model.moe.router = ConfigDict()
+    config.model.moe.router.name = "topk_of_softmax"
+    config.model.moe.router.k = 2
+    config.model.moe.router.renormalise = True
+    config.model.moe.router.scale = 1.0
+    config.model.moe.router.jitter = 0.0
+    config.model.moe.router.bias_update_rate = 0.001
+    config.model.moe.router.noncausal = "refuse"  # refuse | allow
+
+    config.data = ConfigDict()
+    config.data.source = "builtin"  # builtin | files
+    config.data.root = ""  # folder that the domains' paths are relative to
+    config.data.domains = ConfigDict()  # {name: {train, valid, test, weight}}; builtin reads weights only
+    config.data.tokenizer = "byte"  # byte | bpe:FILE | bpe-train:SIZE
+    config.data.seq_len = 128
+    config.data.document_marker = "<|endoftext|>"
+    config.data.text_field = "text"
+    config.data.cache_dir = ""
+    config.data.seed = 0
+
+    config.train = ConfigDict()
+    config.train.steps = 100
+    config.train.batch_size = 16  # sequences per optimizer step, over devices and micro-batches
+    config.train.accumulate = 1
+    config.train.balance_scope = "batch"  # batch | micro
+    config.train.learning_rate = 3e-3
+    config.train.warmup_steps = 10
+    config.train.final_fraction = 0.1
+    config.train.weight_decay = 0.1
+    config.train.b1 = 0.9
+    config.train.b2 = 0.95
+    config.train.clip_norm = 1.0
+    config.train.seed = 0
+    config.train.log_every = 10
+    config.train.eval_every = 100
+    config.train.checkpoint_every = 100
+    config.train.keep_checkpoints = 2
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 16
+    config.eval.max_tokens = 0  # tokens of each domain that validation reads; 0: all
+    config.eval.final_max_tokens = 0
+    config.eval.final_split = "test"  # valid | test
+    config.eval.tasks = ()
+    config.eval.task_limit = 0
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: all devices that the other axes leave
+    config.mesh.expert = 1
+    config.mesh.model = 1
+
+    config.table = ConfigDict()
+    config.table.name = ""  # module under experiments/papers
+    config.table.seeds = ()
+    config.table.arms = ()
+    config.table.factors = ()
+    config.table.margin = 0.005
+    config.table.max_tokens = 0
+    config.table.batch_size = 16
+    return config
+
+
+def with_files(config: ConfigDict, root: str, tokenizer: str, weights: dict[str, float]) -> ConfigDict:
+    """Points ``config`` at ``root/{train,valid,test}/<domain>.txt.xz`` with one weight for each domain."""
+    config.data.source = "files"
+    config.data.root = root
+    config.data.tokenizer = tokenizer
+    for name, weight in weights.items():
+        paths = {split: f"{split}/{name}.txt.xz" for split in ("train", "valid", "test")}
+        config.data.domains[name] = ConfigDict({**paths, "weight": weight})
+    return config

@@ -1,0 +1,223 @@
+"""Trains, evaluates, and makes the paper's table that the config names.
+
+    python -m experiments.run --config=configs/papers/capacity_aware.py:tiny --workdir=runs/ca --config.train.steps=200
+
+The same command on the same workdir resumes; what is finished is skipped. ``--dry_run`` checks the config and prints
+the plan without touching the workdir or allocating the model.
+"""
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import session
+from moejax import checkpoint, count, metrics, sharding, validate
+from moejax.config import ConfigError, ExperimentConfig, config_hash
+from moejax.data import Corpus, eval_batches, load_corpus
+from moejax.dispatch import TOKEN_AXES
+from moejax.evaluate import bits_per_byte, evaluate_tasks, prepare
+from moejax.loop import Run, resolve_vocab
+from moejax.ngram import ngram_baseline
+from moejax.tasks import Task, continuation_task, load_task
+
+NGRAM_ORDERS = (3, 6)
+NGRAM_TRAIN_BYTES = 4_000_000
+"""Bytes of each domain that the n-gram baselines are fitted on, at most."""
+
+
+def load_tasks(config: ExperimentConfig, corpus: Corpus) -> list[Task]:
+    """The tasks that ``eval.tasks`` names; "builtin" is cut from the corpus's held-out text."""
+    tasks = []
+    for name in config.eval.tasks:
+        if name == "builtin":
+            split = config.eval.final_split
+            texts = {d: corpus.documents(d, split) for d in corpus.domains if split in corpus.splits(d)}
+            per_domain = max(1, (config.eval.task_limit or 300) // len(texts))
+            tasks.append(continuation_task(texts, per_domain=per_domain, seed=config.data.seed))
+        else:
+            tasks.append(load_task(Path(config.data.root) / name, config.eval.task_limit))
+    for task in tasks:  # an unusable task is an error now, not after the training
+        prepare(task, corpus.tokenizer, config.data.seq_len)
+    return tasks
+
+
+def final_evaluation(run: Run, tasks: list[Task], say: Any) -> None:
+    """Held-out bits per byte by domain beside byte n-grams, and tasks, of the best checkpoint; skipped when done."""
+    config, corpus = run.config, run.corpus
+    state, step = run.best()
+    done = [r for r in metrics.read_metrics(run.workdir / "metrics.jsonl") if r["kind"] == "final"]
+    asked = {"step": step, "split": config.eval.final_split, "max_tokens": config.eval.final_max_tokens,
+             "tasks": list(config.eval.tasks), "task_limit": config.eval.task_limit}  # fmt: skip
+    if done and done[-1].get("asked") == asked:
+        say(f"evaluation of step {step}: done before")
+        return
+    scorer = run.scorer(state)
+    split = config.eval.final_split
+    scores = {
+        domain: bits_per_byte(
+            scorer,
+            eval_batches(
+                corpus,
+                domain,
+                split,
+                batch_size=config.eval.batch_size,
+                max_tokens=config.eval.final_max_tokens,
+            ),
+            corpus.tokenizer,
+        )
+        for domain in corpus.domains
+        if split in corpus.splits(domain)
+    }
+    say("fitting byte n-gram baselines ...")
+    ngram = {str(n): ngram_baseline(corpus, n, split, max_train_bytes=NGRAM_TRAIN_BYTES) for n in NGRAM_ORDERS}
+    for domain, score in scores.items():
+        say(f"  {domain:10s} {score.bits_per_byte:.3f} bits per byte   "
+            + "   ".join(f"byte {n}-gram {ngram[n][domain]:.3f}" for n in ngram if domain in ngram[n]))  # fmt: skip
+    rows = []
+    for task in evaluate_tasks(
+        run.scorer(state),
+        tasks,
+        corpus.tokenizer,
+        batch_size=config.eval.batch_size,
+        seq_len=config.data.seq_len,
+    ):
+        rows += [{k: row[k] for k in ("task", "metric", "value", "stderr", "n", "chance")} for row in task.rows]
+        for row in task.rows:
+            if "/" not in row["task"]:
+                chance = f" (chance {row['chance']:.2f}, n={row['n']})" if row["chance"] is not None else ""
+                say(f"  {row['task']} {row['metric']} {row['value']:.3f}{chance}")
+    if rows:
+        run.writer.write({"kind": "tasks", "step": step, "tasks": rows})
+    run.writer.write(
+        {
+            "kind": "final",
+            "step": step,
+            "split": split,
+            "asked": asked,
+            "ngram": ngram,
+            "ngram_max_train_bytes": NGRAM_TRAIN_BYTES,
+            "bits_per_byte": {d: s.bits_per_byte for d, s in scores.items()},
+            "perplexity": {d: s.perplexity for d, s in scores.items()},
+        }
+    )
+
+
+def plan(config: ExperimentConfig) -> str:
+    """What the run would be, in lines: parameters, tokens, FLOPs, bytes of parameters and optimizer."""
+    p = count.parameters(config.model)
+    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+    flops = count.forward_flops_per_token(config.model, config.data.seq_len)
+    state = p.total * 4 * 3
+    lines = [
+        f"config {config.name} ({config_hash(config)})",
+        f"parameters {p.total:,} total, {p.active:,} active per token; routed experts {p.routed_experts / p.total:.0%}",
+        f"training {config.train.steps:,} steps x {config.train.batch_size} sequences x {config.data.seq_len} tokens "
+        f"= {tokens:,} tokens, {3 * flops * tokens:.3g} model FLOPs ({flops:,.0f} forward per token)",
+        f"parameters and AdamW state in float32: {state / 2**30:.2f} GiB, gradients {p.total * 4 / 2**30:.2f} GiB",
+    ]
+    if config.model.vocab_size == 0:
+        lines.append("vocabulary: taken from the tokenizer when data is read; embeddings are not counted above")
+    return "\n".join(lines)
+
+
+def check_held_out(config: ExperimentConfig, corpus: Corpus) -> None:
+    """Raises ConfigError where validation or the final evaluation would find nothing to read."""
+    for split, reader in (("valid", "validation"), (config.eval.final_split, "eval.final_split")):
+        if not any(split in corpus.splits(domain) for domain in corpus.domains):
+            raise ConfigError(f"no domain has a {split!r} split, which {reader} reads: set data.domains.<name>.{split}")
+
+
+def run_command(
+    config: ExperimentConfig, workdir: Path, *, max_seconds: float = 0.0, say: Callable[[str], None] = session.say
+) -> int:
+    """Trains, evaluates and makes the table, or goes on where an earlier call stopped.
+
+    Returns:
+      0, also when ``max_seconds`` ended the training; 130 after Ctrl-C or SIGTERM.
+
+    Raises:
+      ConfigError: what cannot work, nearly always before ``workdir`` is touched.
+    """
+    begin = time.monotonic()
+    seeds = config.table.seeds or (config.train.seed,)
+    config = session.with_seed(config, seeds[0])  # the workdir's own run; the others lie under seeds/
+    mesh = sharding.make_mesh(config.mesh)
+    shards = 1
+    for axis in TOKEN_AXES:
+        shards *= mesh.shape[axis]
+    validate.check_devices(config, shards)
+    table = importlib.import_module(f"experiments.papers.{config.table.name}") if config.table.name else None
+    if table is not None:
+        table.check(config)
+    corpus = load_corpus(config.data)
+    config = resolve_vocab(config, corpus)
+    check_held_out(config, corpus)
+    tasks = load_tasks(config, corpus)
+    session.grouped_matmul_facts(config, shards)
+    if config.init_from and not (workdir / "checkpoints").is_dir():
+        checkpoint.locate(config.init_from)
+    session.open_workdir(workdir, config)
+    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve().parent / ".jax_cache"))
+    facts = session.write_env(workdir, config, corpus, shards)
+    say(plan(config))
+    say(f"data {corpus.hash}: " + ", ".join(f"{d} {e:.2f} epochs" for d, e in facts["data"]["epochs"].items()))
+    say(f"experts on {facts['device']} by grouped_ffn back end {facts['grouped_matmul']['implementation']!r}")
+    with contextlib.ExitStack() as stack:
+        runs: dict[int, Run] = {}
+        for seed in seeds:
+            folder = workdir if seed == seeds[0] else workdir / "seeds" / str(seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            run = Run(session.with_seed(config, seed), corpus, mesh, folder)
+            stack.callback(run.close)
+            runs[seed] = run
+            if len(seeds) > 1:
+                say(f"seed {seed} in {folder}")
+            left = max(max_seconds - (time.monotonic() - begin), 1.0) if max_seconds else 0.0
+            outcome = run.train(max_seconds=left)
+            if not outcome.finished:
+                say(
+                    f"stopped at step {outcome.step} of {config.train.steps} ({outcome.reason}): "
+                    "the same command continues"
+                )
+                return 0 if outcome.reason == "time" else 130
+            final_evaluation(run, tasks, say)
+        if table is not None:
+            table.make_table(config, runs, workdir, facts, say)
+    say(f"done in {time.monotonic() - begin:.0f} s; report: python -m experiments.report --workdir={workdir}")
+    return 0
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, with a variant after a colon.", lock_config=True, flag_values=values
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Folder of this run: config, metrics, checkpoints, results, report.", flag_values=values
+    )
+    flags.DEFINE_bool("dry_run", False, "Check the config, print the plan, and stop.", flag_values=values)
+    flags.DEFINE_float(
+        "max_seconds", 0.0, "Stop training after this time with a checkpoint; 0: no limit.", flag_values=values
+    )
+
+
+def command(values: flags.FlagValues) -> int:
+    if values.config is None:
+        raise ConfigError("--config is missing: e.g. --config=configs/quickstart.py")
+    config = session.read_config(values.config)
+    if values.dry_run:
+        print(plan(config))
+        return 0
+    if not values.workdir:
+        raise ConfigError("--workdir is missing: give the folder that this run may write, e.g. --workdir=runs/first")
+    return run_command(config, Path(values.workdir), max_seconds=values.max_seconds)
+
+
+if __name__ == "__main__":
+    session.launch(define_flags, command)
