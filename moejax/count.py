@@ -21,6 +21,8 @@ class Parameters:
     routed_experts: int
     shared_experts: int
     router: int
+    vectors: int
+    """Norm scales and biases (those of attention are in ``attention`` too): no matmul."""
 
 
 def ffn_parameters(dim: int, hidden: int, activation: str) -> int:
@@ -33,10 +35,11 @@ def parameters(config: ModelConfig) -> Parameters:
     num_moe = len(moe_layer_ids(config))
     embedding = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     projections = d * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
-    projections += a.head_dim * (a.num_heads + 2 * a.num_kv_heads) if a.bias else 0
-    projections += 2 * a.head_dim if a.qk_norm else 0
-    attention = config.num_layers * projections
+    small = a.head_dim * (a.num_heads + 2 * a.num_kv_heads) if a.bias else 0
+    small += 2 * a.head_dim if a.qk_norm else 0
+    attention = config.num_layers * (projections + small)
     norms = (2 * config.num_layers + 1) * d
+    vectors = norms + config.num_layers * small
     dense = (config.num_layers - num_moe) * ffn_parameters(d, config.ffn_dim, config.activation)
     expert = ffn_parameters(d, moe.expert_dim, config.activation)
     routed = num_moe * moe.num_experts * expert
@@ -46,7 +49,7 @@ def parameters(config: ModelConfig) -> Parameters:
     router = num_moe * sum(_size(s.shape) for s in arrays.values() if s.kind == "param")
     total = embedding + attention + norms + dense + routed + shared + router
     idle = num_moe * (moe.num_experts - moe.router.k) * expert
-    return Parameters(total, total - idle, embedding, attention, dense, routed, shared, router)
+    return Parameters(total, total - idle, embedding, attention, dense, routed, shared, router, vectors)
 
 
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -57,7 +60,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """
     p = parameters(config)
     lookup = config.vocab_size * config.dim * (0 if config.tie_embeddings else 1)
-    matmul = p.active - lookup
+    matmul = p.active - lookup - p.vectors
     a = config.attention
     attention = config.num_layers * 2 * 2 * a.num_heads * a.head_dim * (seq_len + 1) / 2
     return 2.0 * matmul + attention

@@ -272,7 +272,12 @@ def _locked(folder: Path) -> Generator[None]:
 
 
 def code_version(folder: Path | None = None) -> tuple[str, bool | None]:
-    """Git commit of the code and whether tracked files differ from it; ``("", None)`` outside a checkout."""
+    """Git commit of the code and whether tracked files differ from it; ``("", None)`` outside a checkout.
+
+    A copy without its repository (a container, another machine) may name its commit in ``MOEJAX_COMMIT``.
+    """
+    if folder is None and os.environ.get("MOEJAX_COMMIT"):
+        return os.environ["MOEJAX_COMMIT"], None
     here = Path(__file__).resolve() if folder is None else folder
 
     def git(*arguments: str) -> str:

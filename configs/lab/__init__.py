@@ -52,6 +52,6 @@ def make(name: str, variant: str) -> ConfigDict:
     config.train.checkpoint_every = 400
     config.eval.batch_size = 64
     config.eval.max_tokens = 64 * 512
-    config.table.batch_size = 64
-    config.table.max_tokens = 64 * 512 * 8
+    config.table.batch_size = 16
+    config.table.max_tokens = 16 * 512 * 16
     return config

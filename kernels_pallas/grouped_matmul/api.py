@@ -5,7 +5,6 @@ Back ends (see each file for what it costs):
 | name | what | order |
 |---|---|---|
 | `cpu_tiled` | loop over experts and tiles of their rows | first on CPU |
-| `tiles` | blocks of R rows, each with a copy of its expert's weights | first elsewhere, if the copies fit |
 | `padded` | C rows of every expert in one batched matmul, repeated until the largest group is done | next |
 | `ref` | every expert on every row: the oracle | last |
 | `lax` | `jax.lax.ragged_dot` | by name only |
@@ -18,25 +17,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import Backend, Implementation, Operation
-from kernels_pallas.grouped_matmul import cpu_tiled, lax_ragged, padded, ref, tiles
+from kernels_pallas.grouped_matmul import cpu_tiled, lax_ragged, padded, ref
 from kernels_pallas.grouped_matmul.ffn import ACTIVATIONS, GATED, Activation, Weights
 
-_ORDER = {"cpu": ("cpu_tiled", "ref"), "*": ("tiles", "padded", "ref")}
-
-
-def _tiles_refuse_matmul(lhs, rhs, group_sizes, **kwargs) -> str | None:
-    return tiles.refuse(lhs.shape[0], *rhs.shape, lhs.dtype)
-
-
-def _tiles_refuse_ffn(xs, group_sizes, weights, activation) -> str | None:
-    return tiles.refuse(xs.shape[0], *weights.up.shape, xs.dtype, matrices=3 if activation in GATED else 2)
+_ORDER = {"cpu": ("cpu_tiled", "ref"), "*": ("padded", "ref")}
 
 
 GROUPED_MATMUL = Operation(
     "grouped_matmul",
     {
         "cpu_tiled": Backend("cpu_tiled", cpu_tiled.grouped_matmul),
-        "tiles": Backend("tiles", tiles.grouped_matmul, _tiles_refuse_matmul),
         "padded": Backend("padded", padded.grouped_matmul),
         "ref": Backend("ref", ref.grouped_matmul),
         "lax": Backend("lax", lax_ragged.grouped_matmul, lax_ragged.refuse),
@@ -48,7 +38,6 @@ GROUPED_FFN = Operation(
     "grouped_ffn",
     {
         "cpu_tiled": Backend("cpu_tiled", cpu_tiled.grouped_ffn),
-        "tiles": Backend("tiles", tiles.grouped_ffn, _tiles_refuse_ffn),
         "padded": Backend("padded", padded.grouped_ffn),
         "ref": Backend("ref", ref.grouped_ffn),
         "lax": Backend("lax", lax_ragged.grouped_ffn, lax_ragged.refuse),

@@ -1,7 +1,7 @@
 """Times the expert FFN, forward and backward, beside a batched einsum of the same FLOPs in the same run.
 
-    python -m kernels_pallas.grouped_matmul.bench [--shape NAME ...] [--implementation NAME ...] [--output
-    FILE.jsonl]
+    python -m kernels_pallas.grouped_matmul.bench [--shape NAME ...] [--implementation NAME ...]
+        [--dtype float32|bfloat16] [--alpha A] [--repeats N] [--output FILE.jsonl]
 
 Each back end is first checked, values and gradients, against one einsum over groups padded on the host
 (float32). Then every timed function runs once per round, in turn, so that load on the machine falls on all

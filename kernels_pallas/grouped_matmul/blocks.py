@@ -5,9 +5,8 @@ Both directions are gathers (each row has one place), never scatters: determinis
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from kernels_pallas.grouped_matmul import groups
 
@@ -45,35 +44,3 @@ def capacity(start: Array, end: Array, rows: int, size: int, skip: int | Array =
     within = jnp.arange(rows, dtype=jnp.int32) - start.at[group].get(mode="fill", fill_value=0) - skip
     inside = (group < experts) & (within >= 0) & (within < size)
     return Blocks(source, jnp.where(inside, group * size + within, experts * size))
-
-
-def count(rows: int, experts: int, size: int) -> int:
-    """Blocks of `size` rows that always suffice: the most that `rows` rows in `experts` groups can touch."""
-    return (rows + min(rows, experts) * (size - 1)) // size
-
-
-def tiled(start: Array, end: Array, rows: int, size: int) -> tuple[Blocks, Int[Array, "G"]]:
-    """As many blocks for a group as it needs, group after group; and each block's group (E if unused)."""
-    experts, n = start.shape[0], count(rows, start.shape[0], size)
-    needed = (end - start + size - 1) // size
-    after = jnp.cumsum(needed, dtype=jnp.int32)
-    first = after - needed
-    owner = groups.row_group(after, n)
-    known = jnp.minimum(owner, experts - 1)
-    source = (start[known] + (jnp.arange(n, dtype=jnp.int32) - first[known]) * size)[:, None]
-    source = source + jnp.arange(size, dtype=jnp.int32)
-    source = jnp.where((owner < experts)[:, None] & (source < end[known][:, None]), source, rows)
-    group = groups.row_group(end, rows)
-    mine = jnp.minimum(group, experts - 1)
-    place = first[mine] * size + jnp.arange(rows, dtype=jnp.int32) - start[mine]
-    return Blocks(source, jnp.where(group < experts, place, n * size)), owner
-
-
-def owners(weights: Float[Array, "E K N"], owner: Int[Array, "G"]) -> Float[Array, "G K N"]:
-    """Each block's copy of its group's weights (unused blocks take the last group's: their rows are zero)."""
-    return weights.at[owner].get(mode="clip", indices_are_sorted=True)
-
-
-def sum_by_owner(d: Float[Array, "G ..."], owner: Int[Array, "G"], experts: int) -> Float[Array, "E ..."]:
-    """Sum over each group's blocks; unused blocks (owner E) are left out."""
-    return jax.ops.segment_sum(d, owner, experts, indices_are_sorted=True)

@@ -1,13 +1,13 @@
-"""Back end `cpu_tiled`: for each expert, its rows in tiles, by loops that follow the group's size.
+"""Back end `cpu_tiled`: for each expert, its rows in tiles, by a loop that follows the group's size.
 
-No row is copied to another place; an expert runs on its own rows, rounded up to a small tile. Groups are
-visited in ascending order and a tile is written whole: what its last part spills over the following group's
-rows is overwritten by that group's own tiles. A tile that would pass the end of the array moves back, and
-keeps what earlier tiles wrote.
+No row is copied to another place; an expert runs on its own rows, rounded up to a tile. Groups are visited in
+ascending order and a tile is written whole: what its last part spills over the following group's rows is
+overwritten by that group's own tiles. A tile that would pass the end of the array moves back, and keeps what
+earlier tiles wrote.
 
 Temporaries beside inputs and outputs: a few tiles, one expert's gradients, and for the FFN the saved
-pre-activations. Correct on every platform, but a loop of small matmuls is slow on accelerators. `jax.vmap`
-runs the batch one by one.
+pre-activations. Correct on every platform, but a loop of small matmuls is slow on accelerators. `jax.vmap` runs
+the batch one by one.
 """
 
 import functools
@@ -23,44 +23,34 @@ from kernels_pallas.grouped_matmul import ffn, groups
 from kernels_pallas.grouped_matmul.ffn import Activation, Hidden, Weights, accumulator, einsum
 from kernels_pallas.grouped_matmul.vjp import differentiable
 
-LARGE_TILE, SMALL_TILE, MIN_TILE = 256, 128, 8
+MIN_TILE, MAX_TILE = 8, 256
 
 
-def tile_sizes(rows: int, experts: int) -> tuple[int, int]:
-    """Rows in a large and a small tile, powers of two (unless fewer rows exist) that follow the mean group.
+def tile_rows(rows: int, experts: int) -> int:
+    """Rows in a tile: the power of two from half the mean group on, in [8, 256], at most `rows`.
 
-    Large ones carry most of the work, small ones a group's end: half of one is wasted there on average.
-    Both are the same where the mean group is too small to be cut further.
+    Small tiles waste less at a group's end (half a tile on average), large ones share a matmul's fixed cost and
+    the addition to the gradients of the weights, which is as large for every tile.
     """
-    mean = -(-rows // experts)
-    small = min(rows, max(MIN_TILE, min(SMALL_TILE, 1 << (mean - 1).bit_length())))
-    return max(small, min(LARGE_TILE, 1 << (mean.bit_length() - 1))), small
+    half = -(-rows // (2 * experts))
+    return min(rows, max(MIN_TILE, min(MAX_TILE, 1 << (half - 1).bit_length())))
 
 
-def _loop(start: Array, end: Array, tiles: tuple[int, int], rows: int, body: Callable, init):
-    """Folds `body(tile, at, fresh, mine, carry)` over one group: whole large tiles, then small ones.
+def _loop(start: Array, end: Array, tile: int, rows: int, body: Callable, init):
+    """Folds `body(at, fresh, mine, carry)` over one group's tiles.
 
-    `at` is the first row of the slice of `tile` rows. `fresh [R, 1]` marks rows not covered by an earlier
-    tile (all, unless the slice had to move back from the end of the array), `mine [R, 1]` those of them
-    that belong to the group. Both are None for large tiles: these lie wholly within the group.
+    `at` is the first row to slice, `fresh [R, 1]` marks rows not covered by an earlier tile (all, unless the slice had
+    to move back from the end of the array), `mine [R, 1]` those of them that belong to the group.
     """
-    large, small = tiles
-    whole = (end - start) // large if large > small else jnp.zeros_like(start)
 
-    def large_step(i: Array, carry):
-        return body(large, start + i * large, None, None, carry)
-
-    def small_step(i: Array, carry):
-        first = start + whole * large + i * small
-        at = jnp.minimum(first, rows - small)
-        row = at + jnp.arange(small, dtype=jnp.int32)
+    def step(i: Array, carry):
+        first = start + i * tile
+        at = jnp.minimum(first, rows - tile)
+        row = at + jnp.arange(tile, dtype=jnp.int32)
         fresh = row >= first
-        return body(small, at, fresh[:, None], (fresh & (row < end))[:, None], carry)
+        return body(at, fresh[:, None], (fresh & (row < end))[:, None], carry)
 
-    if large > small:
-        init = lax.fori_loop(0, whole, large_step, init)
-    left = end - start - whole * large
-    return lax.fori_loop(0, (left + small - 1) // small, small_step, init)
+    return lax.fori_loop(0, (end - start + tile - 1) // tile, step, init)
 
 
 def _read(x: Array, at: Array, tile: int, keep: Array | None = None) -> Array:
@@ -68,26 +58,24 @@ def _read(x: Array, at: Array, tile: int, keep: Array | None = None) -> Array:
     return rows if keep is None else jnp.where(keep, rows, jnp.zeros((), x.dtype))
 
 
-def _write(out: Array, rows: Array, at: Array, fresh: Array | None) -> Array:
-    rows = rows.astype(out.dtype)
-    if fresh is not None:
-        rows = jnp.where(fresh, rows, lax.dynamic_slice_in_dim(out, at, rows.shape[0]))
-    return lax.dynamic_update_slice_in_dim(out, rows, at, 0)
+def _write(out: Array, rows: Array, at: Array, fresh: Array) -> Array:
+    old = lax.dynamic_slice_in_dim(out, at, rows.shape[0])
+    return lax.dynamic_update_slice_in_dim(out, jnp.where(fresh, rows.astype(out.dtype), old), at, 0)
 
 
 def _product(lhs: Array, rhs: Array, group_sizes: Array, transpose_rhs: bool, dtype: jnp.dtype) -> Array:
     @sequential_vmap
     def run(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-        rows, tiles = lhs.shape[0], tile_sizes(lhs.shape[0], rhs.shape[0])
+        rows, tile = lhs.shape[0], tile_rows(lhs.shape[0], rhs.shape[0])
         spec = "pk,nk->pn" if transpose_rhs else "pk,kn->pn"
 
         def expert(out: Array, args: tuple[Array, Array, Array]) -> tuple[Array, None]:
             w, start, end = args
 
-            def body(tile: int, at: Array, fresh: Array | None, mine: Array | None, out: Array) -> Array:
+            def body(at: Array, fresh: Array, mine: Array, out: Array) -> Array:
                 return _write(out, einsum(spec, _read(lhs, at, tile), w), at, fresh)
 
-            return _loop(start, end, tiles, rows, body, out), None
+            return _loop(start, end, tile, rows, body, out), None
 
         out = groups.zeros((rows, rhs.shape[1 if transpose_rhs else 2]), dtype, lhs, rhs, group_sizes)
         return lax.scan(expert, out, (rhs, *groups.bounds(group_sizes, rows)))[0]
@@ -98,14 +86,14 @@ def _product(lhs: Array, rhs: Array, group_sizes: Array, transpose_rhs: bool, dt
 def _outer(lhs: Array, grad: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
     @sequential_vmap
     def run(lhs: Array, grad: Array, group_sizes: Array) -> Array:
-        rows, tiles = lhs.shape[0], tile_sizes(lhs.shape[0], group_sizes.shape[0])
+        rows, tile = lhs.shape[0], tile_rows(lhs.shape[0], group_sizes.shape[0])
 
         def expert(_: None, args: tuple[Array, Array]) -> tuple[None, Array]:
-            def body(tile: int, at: Array, fresh: Array | None, mine: Array | None, dw: Array) -> Array:
+            def body(at: Array, fresh: Array, mine: Array, dw: Array) -> Array:
                 return dw + einsum("pk,pn->kn", _read(lhs, at, tile, mine), _read(grad, at, tile, mine))
 
             init = groups.zeros((lhs.shape[1], grad.shape[1]), accumulator(lhs.dtype), lhs, grad, group_sizes)
-            return None, _loop(*args, tiles, rows, body, init).astype(dtype)
+            return None, _loop(*args, tile, rows, body, init).astype(dtype)
 
         return lax.scan(expert, None, groups.bounds(group_sizes, rows))[1]
 
@@ -118,18 +106,16 @@ grouped_matmul = differentiable(_product, _outer)
 def _ffn_forward(activation: Activation, xs: Array, group_sizes: Array, weights: Weights) -> tuple[Array, Hidden]:
     @sequential_vmap
     def run(xs: Array, group_sizes: Array, weights: Weights) -> tuple[Array, Hidden]:
-        rows, tiles = xs.shape[0], tile_sizes(xs.shape[0], weights.up.shape[0])
+        rows, tile = xs.shape[0], tile_rows(xs.shape[0], weights.up.shape[0])
 
         def expert(out: tuple[Array, Hidden], args: tuple[Weights, Array, Array]) -> tuple:
             w, start, end = args
 
-            def body(
-                tile: int, at: Array, fresh: Array | None, mine: Array | None, out: tuple[Array, Hidden]
-            ) -> tuple[Array, Hidden]:
+            def body(at: Array, fresh: Array, mine: Array, out: tuple[Array, Hidden]) -> tuple[Array, Hidden]:
                 new = ffn.forward(activation, _read(xs, at, tile), w)
                 return jax.tree.map(lambda whole, part: _write(whole, part, at, fresh), out, new)
 
-            return _loop(start, end, tiles, rows, body, out), None
+            return _loop(start, end, tile, rows, body, out), None
 
         def zeros(columns: int) -> Array:
             return groups.zeros((rows, columns), xs.dtype, xs, weights.up, group_sizes)
@@ -147,14 +133,12 @@ def _ffn_backward(
 ) -> tuple[Array, Weights]:
     @sequential_vmap
     def run(xs: Array, group_sizes: Array, weights: Weights, hidden: Hidden, dy: Array) -> tuple[Array, Weights]:
-        rows, tiles = xs.shape[0], tile_sizes(xs.shape[0], weights.up.shape[0])
+        rows, tile = xs.shape[0], tile_rows(xs.shape[0], weights.up.shape[0])
 
         def expert(dx: Array, args: tuple[Weights, Array, Array]) -> tuple[Array, Weights]:
             w, start, end = args
 
-            def body(
-                tile: int, at: Array, fresh: Array | None, mine: Array | None, carry: tuple[Array, Weights]
-            ) -> tuple[Array, Weights]:
+            def body(at: Array, fresh: Array, mine: Array, carry: tuple[Array, Weights]) -> tuple[Array, Weights]:
                 dx, dw = carry
                 x, h, g = (jax.tree.map(lambda a: _read(a, at, tile, mine), a) for a in (xs, hidden, dy))
                 dx_tile, dw_tile = ffn.backward(activation, x, h, g, w)
@@ -162,7 +146,7 @@ def _ffn_backward(
 
             wide = accumulator(xs.dtype)
             dw = jax.tree.map(lambda a: groups.zeros(a.shape, wide, xs, a, dy, group_sizes), w)
-            dx, dw = _loop(start, end, tiles, rows, body, (dx, dw))
+            dx, dw = _loop(start, end, tile, rows, body, (dx, dw))
             return dx, jax.tree.map(lambda a, like: a.astype(like.dtype), dw, w)
 
         dx = groups.zeros(xs.shape, xs.dtype, xs, weights.up, dy, group_sizes)

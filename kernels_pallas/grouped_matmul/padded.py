@@ -2,7 +2,7 @@
 
 Exact for any group sizes: the number of rounds, ceil(largest group / C), is found on the device, one when
 loads are balanced. A wrong guess of C costs time, never rows. Work: E x largest group rounded up to C;
-temporaries: E x C rows and, unlike `tiles`, no copy of the weights. The backward runs the forward again,
+temporaries: E x C rows, no copy of the weights. The backward runs the forward again,
 round by round, so nothing but the inputs is saved.
 """
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import GROUPED_FFN, GROUPED_MATMUL, BackendRefused, grouped_matmul
+from kernels_pallas import GROUPED_FFN, BackendRefused
 from kernels_pallas.dispatch import Backend, Operation
-from kernels_pallas.grouped_matmul import specs, tiles
+from kernels_pallas.grouped_matmul import specs
 
 
 def operation(order=("fast", "small", "slow")):
@@ -66,28 +66,14 @@ def test_explanation_names_the_choice_and_every_refusal():
 
 def test_explanation_needs_shapes_only():
     told = GROUPED_FFN.explain(*specs.SHAPES["mixtral"].abstract(jnp.bfloat16), "swiglu")
-    assert set(told.refusals) == {"tiles"}
-    assert "more than tiles.MAX_BYTES = 4.0 GiB" in told.refusals["tiles"]
+    assert told.chosen == "cpu_tiled"
+    assert told.refusals == {}
 
 
 def test_default_order_follows_the_platform(monkeypatch):
-    small = (*specs.SHAPES["small_experts"].abstract(jnp.bfloat16), "swiglu")
-    large = (*specs.SHAPES["mixtral"].abstract(jnp.bfloat16), "swiglu")
+    shapes = (*specs.SHAPES["mixtral"].abstract(jnp.bfloat16), "swiglu")
     chosen = {}
     for platform in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        chosen[platform] = GROUPED_FFN.explain(*small).chosen, GROUPED_FFN.explain(*large).chosen
-    assert chosen == {
-        "cpu": ("cpu_tiled", "cpu_tiled"),
-        "gpu": ("tiles", "padded"),
-        "tpu": ("tiles", "padded"),
-    }
-
-
-def test_tiles_refuses_above_its_memory_bound(monkeypatch):
-    monkeypatch.setattr(tiles, "MAX_BYTES", 100)
-    call = (jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array([2, 2], jnp.int32))
-    with pytest.raises(BackendRefused, match="tiles: weights by block would take"):
-        grouped_matmul(*call, implementation="tiles")
-    assert grouped_matmul(*call, implementation=("tiles", "padded")).shape == (4, 5)
-    assert GROUPED_MATMUL.explain(*call, implementation=("tiles", "padded")).chosen == "padded"
+        chosen[platform] = GROUPED_FFN.explain(*shapes).chosen
+    assert chosen == {"cpu": "cpu_tiled", "gpu": "padded", "tpu": "padded"}

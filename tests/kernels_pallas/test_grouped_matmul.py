@@ -155,9 +155,7 @@ def check_matmul(implementation, shape, sizes, *, transpose_rhs=False, dtype=np.
         assert error(np.asarray(a)[: len(b)], b) < tolerance
 
 
-def check_ffn(
-    implementation, shape, sizes, activation="swiglu", *, bias=False, dtype=np.float32, tolerance=1e-5
-):
+def check_ffn(implementation, shape, sizes, activation="swiglu", *, bias=False, dtype=np.float32, tolerance=1e-5):
     xs, weights, dy = ffn_inputs(shape, activation, bias=bias, dtype=dtype)
     xs, dy = poisoned(xs, sizes), poisoned(dy, sizes)
     ys, dxs, dw = jitted_ffn(implementation, activation)(xs, jnp.asarray(sizes), weights, dy)
@@ -202,9 +200,7 @@ class TestBackend:
     @pytest.mark.parametrize("pattern", range(16))
     def test_matmul_with_empty_groups(self, implementation, pattern):
         shape = specs.SHAPES["tiny"]
-        check_matmul(
-            implementation, shape, specs.with_empties(pattern, shape.experts, shape.rows, seed=pattern)
-        )
+        check_matmul(implementation, shape, specs.with_empties(pattern, shape.experts, shape.rows, seed=pattern))
 
     @pytest.mark.parametrize("pattern", range(16))
     def test_ffn_with_empty_groups(self, implementation, pattern):
@@ -229,14 +225,10 @@ class TestBackend:
         shape = specs.SHAPES["odd"]
         check_matmul(implementation, shape, SKEWED[skew](shape.experts, shape.rows), transpose_rhs=True)
 
-    @pytest.mark.parametrize(
-        ("activation", "bias"), [("swiglu", False), *((name, True) for name in ACTIVATIONS)]
-    )
+    @pytest.mark.parametrize(("activation", "bias"), [("swiglu", False), *((name, True) for name in ACTIVATIONS)])
     def test_activations_and_biases(self, implementation, activation, bias):
         shape = specs.SHAPES["odd"]
-        check_ffn(
-            implementation, shape, specs.dirichlet(shape.experts, shape.rows - 4), activation, bias=bias
-        )
+        check_ffn(implementation, shape, specs.dirichlet(shape.experts, shape.rows - 4), activation, bias=bias)
 
     def test_bfloat16_sums_in_float32(self, implementation):
         shape = specs.SHAPES["tiny"]
@@ -311,9 +303,7 @@ class TestBackend:
         xs, weights, dy = ffn_inputs(shape, "geglu")
         xs, dy, run = np.stack([xs, xs + 1]), np.stack([dy, dy * 2]), jitted_ffn(implementation, "geglu")
         sizes = np.stack([specs.dirichlet(5, 37, seed=s) for s in (1, 2)])
-        batched = jax.vmap(
-            ffn_and_gradients(implementation, "geglu"), in_axes=(0, 0, None, 0), axis_name="expert"
-        )
+        batched = jax.vmap(ffn_and_gradients(implementation, "geglu"), in_axes=(0, 0, None, 0), axis_name="expert")
         batched = jax.jit(batched, compiler_options=QUICK)(xs, sizes, weights, dy)
         for i in range(2):
             for a, b in zip(
@@ -324,9 +314,7 @@ class TestBackend:
     def test_no_rows(self, implementation):
         w = normal(0, (2, 3, 4))
         sizes = jnp.zeros(2, jnp.int32)
-        out, pull = jax.vjp(
-            lambda w: grouped_matmul(jnp.zeros((0, 3)), w, sizes, implementation=implementation), w
-        )
+        out, pull = jax.vjp(lambda w: grouped_matmul(jnp.zeros((0, 3)), w, sizes, implementation=implementation), w)
         assert out.shape == (0, 4)
         np.testing.assert_array_equal(pull(out)[0], 0)
 
