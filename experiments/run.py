@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import session
+from experiments.training_rows import training_rows
 from moejax import checkpoint, count, metrics, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash
 from moejax.data import Corpus, eval_batches, load_corpus
@@ -25,6 +26,7 @@ from moejax.dispatch import TOKEN_AXES
 from moejax.evaluate import bits_per_byte, evaluate_tasks, prepare
 from moejax.loop import Run, resolve_vocab
 from moejax.ngram import ngram_baseline
+from moejax.results import append_rows
 from moejax.tasks import Task, continuation_task, load_task
 
 NGRAM_ORDERS = (3, 6)
@@ -188,6 +190,7 @@ def run_command(
                 )
                 return 0 if outcome.reason == "time" else 130
             final_evaluation(run, tasks, say)
+        append_rows(workdir / "results.jsonl", training_rows(workdir))
         if table is not None:
             table.make_table(config, runs, workdir, facts, say)
     say(f"done in {time.monotonic() - begin:.0f} s; report: python -m experiments.report --workdir={workdir}")

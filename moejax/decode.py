@@ -74,6 +74,6 @@ def generate(
         new = sampler(logits, jax.random.fold_in(key, i))
         yield np.asarray(new)
         done |= np.asarray(new) == stop_id
-        if stop_id is not None and done.all():
+        if (stop_id is not None and done.all()) or i == max_new_tokens - 1:
             return
         logits, cache = forward_cached(model, new[:, None], jnp.ones((len(prompts), 1), bool), cache)

@@ -112,7 +112,7 @@ def router_logits(
 
 
 def token_mask(ctx: RouteContext, num_tokens: int) -> Bool[Array, "T"]:
-    return jnp.ones(num_tokens, bool) if ctx.mask is None else ctx.mask
+    return jnp.ones(num_tokens, bool) if ctx.mask is None else jnp.asarray(ctx.mask)
 
 
 def _key(ctx: RouteContext, stream: int) -> Array:

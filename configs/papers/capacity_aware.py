@@ -14,6 +14,7 @@ Commands::
 ``:tiny``   1.9 M parameters (16 experts, top-4), built-in corpus; 2 CPU cores, about 5 minutes.
 ``:h100``   about 100 M parameters (64 experts, top-8) on six domains of text; one H100, under 480 s with compilation.
             DATA holds ``{train,valid,test}/<domain>.txt.xz`` and ``tokenizer/bpe8192.json``.
+``:lab``    the OLMoE-like lab model (at most 25 M parameters), three training seeds; DATA as above, one H100.
 ``:paper``  OLMoE-1B-7B itself, published on eight lm-eval tasks (average 64.0 without a limit): it needs the imported
             checkpoint; here the sizes stand for planning.
 
@@ -24,18 +25,19 @@ the model just trained, so no value can be "reproduced": the contrasts are judge
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.lab import olmoe_like
 
 ARMS = ("order", "reverse", "random", "score")
 FACTORS = (2.0, 1.5, 1.0, 0.75, 0.5)
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
-    makers = {"tiny": _tiny, "h100": _h100, "paper": _paper}
+    makers = {"tiny": _tiny, "h100": _h100, "lab": _lab, "paper": _paper}
     if variant not in makers:
         raise ValueError(f"variant {variant!r}: choose one of {', '.join(makers)}")
     config = makers[variant](base.get_config())
     config.name = f"capacity_aware:{variant}"
-    config.scale = variant
+    config.scale = "h100" if variant == "lab" else variant
     config.table.name = "capacity_aware"
     config.table.arms = ARMS
     config.table.factors = FACTORS
@@ -108,6 +110,13 @@ def _h100(config: ConfigDict) -> ConfigDict:
     config.eval.task_limit = 0
     config.table.batch_size = 16  # the smallest domain's test split has 13 such batches
     config.table.max_tokens = 16 * 512 * 16
+    return config
+
+
+def _lab(config: ConfigDict) -> ConfigDict:
+    """The OLMoE-like lab model under three training seeds: intervals speak of training runs."""
+    config = olmoe_like.get_config("h100")
+    config.table.seeds = (0, 1, 2)
     return config
 
 

@@ -1,0 +1,66 @@
+"""Results rows of a training run itself, made from what the run wrote into its workdir."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax.metrics import read_metrics
+from moejax.results import ResultRow
+
+PAPER, TABLE = "training", "final"
+
+
+def training_rows(workdir: Path) -> list[ResultRow]:
+    """Held-out bits per byte by domain (with the byte n-grams' beside it), tasks, tokens/s, MFU and epochs of one run.
+
+    Speed is the median over logged intervals; compilation, validation and saving are outside of them. Returns []
+    while the run has no final evaluation.
+    """
+    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    facts = json.loads((workdir / "env.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    finals = [row for row in metrics if row["kind"] == "final"]
+    if not finals:
+        return []
+    final, seed = finals[-1], config["train"]["seed"]
+    shared: dict[str, Any] = {
+        "kind": "value",
+        "paper": PAPER,
+        "table": TABLE,
+        "row": config["name"],
+        "scale": config["scale"],
+        "config_hash": facts["config_hash"],
+        "data_hash": facts["data"]["hash"],
+        "batch_shape": (config["train"]["batch_size"], config["data"]["seq_len"]),
+        **{k: facts[k] for k in ("command", "commit", "dirty", "device", "device_count", "versions")},
+    }
+
+    def row(metric: str, unit: str, value: float, **extra: Any) -> ResultRow:
+        return ResultRow(**shared, metric=metric, unit=unit, value=value, values_by_seed={seed: value}, extra=extra)
+
+    rows = []
+    for domain, value in final["bits_per_byte"].items():
+        grams = {f"byte_{n}_gram": by_domain[domain] for n, by_domain in final["ngram"].items() if domain in by_domain}
+        more = {"split": final["split"], "ngram_max_train_bytes": final.get("ngram_max_train_bytes")}
+        rows.append(row(f"bits_per_byte/{domain}", "bits per byte", value, step=final["step"], **grams, **more))
+    for tasks in [r for r in metrics if r["kind"] == "tasks"][-1:]:
+        for t in tasks["tasks"]:
+            if "/" not in t["task"]:
+                more = {"stderr": t["stderr"], "n": t["n"], "chance": t["chance"]}
+                rows.append(
+                    row(
+                        f"{t['metric']}/{t['task']}",
+                        "perplexity per target" if t["metric"] == "ppl" else "share",
+                        t["value"],
+                        **more,
+                    )
+                )
+    trained = [r for r in metrics if r["kind"] == "train"]
+    if trained:
+        tokens = {"tokens": trained[-1]["tokens"], "seconds": trained[-1]["time"], "epochs": facts["data"]["epochs"]}
+        rows.append(row("tokens_per_s", "tokens/s", float(np.median([r["tokens_per_s"] for r in trained])), **tokens))
+        share = float(np.median([r["mfu"] for r in trained]))
+        rows.append(row("mfu", "share of peak", share, back_end=facts["grouped_matmul"]["implementation"]))
+    return rows
