@@ -77,7 +77,8 @@ def stream(
     yield tokenizer.decode(made)[shown:]
 
 
-def define_flags(values: flags.FlagValues) -> None:
+def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
+    del argv
     flags.DEFINE_string("checkpoint", None, "Workdir, its checkpoints folder, or one step folder.", flag_values=values)
     flags.DEFINE_string("prompt", None, "Text to continue; may be empty.", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 200, "Tokens to add at most.", lower_bound=1, flag_values=values)

@@ -75,7 +75,8 @@ def logits(model: Decoder, tokens: Int[np.ndarray, "B S"], batch_size: int = 0) 
     return np.concatenate(out)
 
 
-def define_flags(values: flags.FlagValues) -> None:
+def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
+    del argv
     flags.DEFINE_string("checkpoint", None, "Workdir, its checkpoints folder, or one step folder.", flag_values=values)
     flags.DEFINE_string("tokens", None, "File of int32 [B, S], made by numpy.save.", flag_values=values)
     flags.DEFINE_string("output", None, "File to write: float32 [B, S, V].", flag_values=values)

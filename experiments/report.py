@@ -4,6 +4,7 @@ python -m experiments.report --workdir=runs/a [--workdir=runs/b] [--output=repor
 python -m experiments.report --results=experiments/results/x.jsonl --format=markdown [--output=x.md]
 """
 
+import glob
 from pathlib import Path
 
 from absl import app, flags
@@ -26,7 +27,10 @@ def main(argv: list[str]) -> None:
                 raise app.UsageError("--format=html needs --workdir=DIR; --results goes with --format=markdown")
             print(build_report(_WORKDIR.value, _OUTPUT.value))
             return
-        files = [*_RESULTS.value, *(str(Path(folder) / "results.jsonl") for folder in _WORKDIR.value)]
+        files = [
+            *(name for pattern in _RESULTS.value for name in sorted(glob.glob(pattern)) or [pattern]),
+            *(str(Path(folder) / "results.jsonl") for folder in _WORKDIR.value),
+        ]
         if not files:
             raise app.UsageError("--format=markdown needs --results=FILE or --workdir=DIR")
         for file in files:

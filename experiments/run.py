@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import session
+from experiments.training_rows import PAPER as TRAINING
 from experiments.training_rows import training_rows
 from moejax import checkpoint, count, metrics, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash
@@ -26,7 +27,7 @@ from moejax.dispatch import TOKEN_AXES
 from moejax.evaluate import bits_per_byte, evaluate_tasks, prepare
 from moejax.loop import Run, resolve_vocab
 from moejax.ngram import ngram_baseline
-from moejax.results import append_rows
+from moejax.results import append_rows, read_rows
 from moejax.tasks import Task, continuation_task, load_task
 
 NGRAM_ORDERS = (3, 6)
@@ -50,8 +51,8 @@ def load_tasks(config: ExperimentConfig, corpus: Corpus) -> list[Task]:
     return tasks
 
 
-def final_evaluation(run: Run, tasks: list[Task], say: Any) -> None:
-    """Held-out bits per byte by domain beside byte n-grams, and tasks, of the best checkpoint; skipped when done."""
+def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
+    """Held-out bits per byte by domain beside byte n-grams, and tasks, of the best checkpoint; False: done before."""
     config, corpus = run.config, run.corpus
     state, step = run.best()
     done = [r for r in metrics.read_metrics(run.workdir / "metrics.jsonl") if r["kind"] == "final"]
@@ -59,7 +60,7 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> None:
              "tasks": list(config.eval.tasks), "task_limit": config.eval.task_limit}  # fmt: skip
     if done and done[-1].get("asked") == asked:
         say(f"evaluation of step {step}: done before")
-        return
+        return False
     scorer = run.scorer(state)
     split = config.eval.final_split
     scores = {
@@ -109,6 +110,14 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> None:
             "perplexity": {d: s.perplexity for d, s in scores.items()},
         }
     )
+    return True
+
+
+def add_training_rows(workdir: Path, evaluated: bool) -> None:
+    """Adds the run's own rows; those of an evaluation that was done before stay, with where and when it was done."""
+    file = workdir / "results.jsonl"
+    if evaluated or not any(row.paper == TRAINING for row in read_rows(file)):
+        append_rows(file, training_rows(workdir))
 
 
 def plan(config: ExperimentConfig) -> str:
@@ -189,17 +198,23 @@ def run_command(
                     "the same command continues"
                 )
                 return 0 if outcome.reason == "time" else 130
-            final_evaluation(run, tasks, say)
-        append_rows(workdir / "results.jsonl", training_rows(workdir))
+            evaluated = final_evaluation(run, tasks, say)
+            if run.workdir == workdir:
+                add_training_rows(workdir, evaluated)
         if table is not None:
             table.make_table(config, runs, workdir, facts, say)
     say(f"done in {time.monotonic() - begin:.0f} s; report: python -m experiments.report --workdir={workdir}")
     return 0
 
 
-def define_flags(values: flags.FlagValues) -> None:
+def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
     config_flags.DEFINE_config_file(
-        "config", None, "Config file, with a variant after a colon.", lock_config=True, flag_values=values
+        "config",
+        None,
+        "Config file, with a variant after a colon.",
+        lock_config=True,
+        flag_values=values,
+        sys_argv=argv,  # it looks there for the fields that are set
     )
     flags.DEFINE_string(
         "workdir", None, "Folder of this run: config, metrics, checkpoints, results, report.", flag_values=values

@@ -23,9 +23,12 @@ from moejax.results import ResultsError, environment_facts, write_atomically
 
 BINDING = ("model", "data", "train", "init_from")
 """Groups of fields that a workdir's checkpoints depend on; evaluation, table and mesh may change between calls."""
+FREE = ("cache_dir", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+"""Fields in those groups that change no number."""
 
 
-Define = Callable[[flags.FlagValues], None]
+Define = Callable[[flags.FlagValues, list[str] | None], None]
+"""``(values, argv)``; argv None: that of the process."""
 Command = Callable[[flags.FlagValues], int]
 
 
@@ -34,7 +37,7 @@ def launch(define: Define, command: Command) -> None:
 
     What a user can mend is one paragraph on standard error and exit code 2, without a traceback.
     """
-    define(flags.FLAGS)
+    define(flags.FLAGS, None)
 
     def parser(argv: list[str]) -> list[str]:
         code = guarded(lambda: parse_flags(argv, flags.FLAGS))
@@ -45,11 +48,11 @@ def launch(define: Define, command: Command) -> None:
 
 def call(define: Define, command: Command, arguments: Sequence[str]) -> int:
     """The same program inside this process, with flags of its own; returns the exit code."""
-    values = flags.FlagValues()
-    define(values)
+    values, argv = flags.FlagValues(), ["program", *arguments]
+    define(values, argv)
 
     def parsed() -> int:
-        parse_flags(["program", *arguments], values)
+        parse_flags(argv, values)
         return command(values)
 
     return guarded(parsed)
@@ -150,14 +153,15 @@ def open_workdir(workdir: Path, config: ExperimentConfig) -> None:
 def _differences(old: Any, new: Any, path: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(set(old) | set(new))
-        return [line for n in names for line in _differences(old.get(n), new.get(n), f"{path}.{n}")]
+        return [line for n in names if n not in FREE for line in _differences(old.get(n), new.get(n), f"{path}.{n}")]
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
 def command_line() -> str:
-    """The command as typed, without private paths: the module, then its arguments."""
+    """The command as typed: the module, then its arguments, without the cache's place, which changes no result."""
     module = Path(sys.argv[0]).stem
-    return " ".join(["python -m", f"experiments.{module}", *(shlex.quote(a) for a in sys.argv[1:])])
+    arguments = [a for a in sys.argv[1:] if not a.lstrip("-").startswith("config.data.cache_dir")]
+    return " ".join(["python -m", f"experiments.{module}", *(shlex.quote(a) for a in arguments)])
 
 
 def grouped_matmul_facts(config: ExperimentConfig, token_shards: int) -> dict[str, Any]:

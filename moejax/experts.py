@@ -29,7 +29,10 @@ def expert_specs(num_experts: int, dim: int, expert_dim: int, activation: Activa
 
 
 class ExpertStore(Protocol):
-    """Seam 7: where the experts' weights live. ``prefetch`` may start a copy; ``get`` returns weights on the device."""
+    """Seam 7: where the experts' weights live. ``prefetch`` may start a copy; ``get`` returns weights on the device.
+
+    The Routing that ``prefetch`` sees has a leading shard axis on every leaf.
+    """
 
     def prefetch(self, routing: Routing) -> None: ...
 

@@ -72,7 +72,7 @@ class TokenDrop:
                 raise ValueError("TokenDrop(order='random') needs RouteContext(key=...)")
             priority = jax.random.uniform(jax.random.fold_in(ctx.key, 77), shape)
         # Factor and mean are rounded to float32 (and XLA divides by a constant through its reciprocal): without the
-        # slack, 1.3 x 170 or (n/k) x (t k / n) lands just below the integer that it is, and floor drops one pair too many.
+        # slack, 1.3 x 170 or (n/k) x (t k / n) lands just below its integer and one pair too many goes.
         capacity = jnp.floor(self.factor * mean_load(routing, ctx) * (1 + 5e-7))
         keep = rank_in_expert(routing, jax.lax.stop_gradient(priority)) < capacity
         return _keep(routing, keep)

@@ -170,11 +170,14 @@ class Run:
                 stop = asked or out_of_time
                 last = step == config.steps
                 score = None
+                saving = last or stop or step % config.eval_every == 0 or step % config.checkpoint_every == 0
+                if saving:  # a checkpoint that follows a broken step would be taken for a good one
+                    self._require_finite(float(result.loss), float(result.grad_norm), step)
                 if last or step % config.eval_every == 0:
                     score = self.validate(state, step)
                     say(f"step {step}: validation {score:.4f} bits per byte")
                     meter.restart()
-                if (last or stop or score is not None or step % config.checkpoint_every == 0) and step != saved:
+                if saving and step != saved:
                     self._save(state, step, data.get_state(), score)
                     saved = step
                     meter.restart()
@@ -190,22 +193,25 @@ class Run:
         return {k: jax.device_put(batch[k].reshape(micros, -1, *batch[k].shape[1:]), self._micro) for k in keys}
 
     def _log(self, meter: Meter, progress: TrainProgress, step: int, tokens_per_step: int, seconds: float) -> None:
-        row = meter.row()
-        row = {"kind": "train", "step": step, "tokens": step * tokens_per_step, "time": seconds,
-               "learning_rate": float(np.asarray(self.trainer.schedule(step - 1))), **row}  # fmt: skip
+        row: dict[str, Any] = {"kind": "train", "step": step, "tokens": step * tokens_per_step, "time": seconds,
+               "learning_rate": float(np.asarray(self.trainer.schedule(step - 1))), **meter.row()}  # fmt: skip
         self.writer.write(row)
         progress.metrics(row)
-        if not np.isfinite(row["loss"]):
-            steps = self.checkpoints.steps()
-            good = (
-                f"the last good checkpoint is step {steps[-1]} in {self.workdir / 'checkpoints'}"
-                if steps
-                else "no checkpoint yet"
-            )
-            raise FloatingPointError(
-                f"loss is {row['loss']} at step {step} (gradient norm {row['grad_norm']}); {good}. "
-                "Lower train.learning_rate or lengthen train.warmup_steps, and start from it."
-            )
+        self._require_finite(row["loss"], row["grad_norm"], step)
+
+    def _require_finite(self, loss: float, grad_norm: float, step: int) -> None:
+        if np.isfinite(loss) and np.isfinite(grad_norm):
+            return
+        steps = self.checkpoints.steps()
+        good = (
+            f"the last good checkpoint is step {steps[-1]} in {self.workdir / 'checkpoints'}"
+            if steps
+            else "no checkpoint yet"
+        )
+        raise FloatingPointError(
+            f"loss is {loss} at step {step} (gradient norm {grad_norm}); {good}. Lower train.learning_rate or "
+            "lengthen train.warmup_steps, and start from it."
+        )
 
     def _save(self, state: TrainState, step: int, data_state: dict[str, Any], score: float | None) -> None:
         meta = {

@@ -70,7 +70,7 @@ class MoELayer(nnx.Module):
         router, fam, backend = self.router.config, self.router.family, self.config.dispatcher
         tokens = dataclasses.replace(ctx, key=None, loads=None, local_experts=None)
 
-        def on_shard(z: Array, tokens: RouteContext, whole: tuple) -> InFlight:
+        def on_shard(z: Array, tokens: RouteContext, whole: tuple) -> tuple[InFlight, Routing]:
             weights, in_force, transforms, key, loads = whole
             x = z.reshape(-1, z.shape[-1])
             if key is not None:
@@ -87,10 +87,12 @@ class MoELayer(nnx.Module):
                 plan = dispatch.PLANS[backend](kept, x.shape[0])
                 xs = dispatch.dispatch(x, plan, backend=backend)
             metrics = summarise(made, kept, local, plan.overflow)
-            return InFlight(xs=xs, plan=plan, weight=kept.weight, metrics=metrics, num_tokens=x.shape[0])
+            return InFlight(xs=xs, plan=plan, weight=kept.weight, metrics=metrics, num_tokens=x.shape[0]), kept
 
         whole = (self.router.weights(), in_force, transforms, ctx.key, ctx.loads)
-        return dispatch.per_shard(on_shard, (z, tokens), whole)
+        flight, kept = dispatch.per_shard(on_shard, (z, tokens), whole)
+        self.store.prefetch(kept)
+        return flight
 
     def compute(self, flight: InFlight) -> InFlight:
         """Runs each expert on its rows."""

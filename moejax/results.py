@@ -78,6 +78,8 @@ class ResultRow:
     exercised_share: float | None = None
     """Share of pairs, in [0, 1], that the mechanism touched."""
     scale: str = ""
+    config: str = ""
+    """The config's name, e.g. "capacity_aware:lab"."""
     config_hash: str = ""
     data_hash: str = ""
     checkpoint_hash: str = ""

@@ -104,7 +104,8 @@ def make_table(
             f"dropped {first.dropped:6.2%}   busiest expert {first.busiest:.2f} x mean")  # fmt: skip
     judgements = judge(claims, {name: _arm(by_seed) for name, by_seed in measured.items()})
     shared: dict[str, Any] = {
-        "paper": PAPER, "table": TABLE, "scale": config.scale, "config_hash": hashed, "checkpoint_hash": weights,
+        "paper": PAPER, "table": TABLE, "scale": config.scale, "config": config.name, "config_hash": hashed,
+        "checkpoint_hash": weights,
         "data_hash": facts["data"]["hash"], "batch_shape": (config.table.batch_size, config.data.seq_len),
         **{k: facts[k] for k in ("command", "commit", "dirty", "device", "device_count", "versions")},
     }  # fmt: skip

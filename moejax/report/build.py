@@ -92,9 +92,7 @@ def _data_uri(text: str) -> str:
 
 def overview(runs: Sequence[Run]) -> list[Section]:
     """Several runs beside each other: one line each, their losses in one figure, all verdicts."""
-    labels = [
-        run.name if [r.name for r in runs].count(run.name) == 1 else f"{run.name} ({run.key})" for run in runs
-    ]
+    labels = [run.name if [r.name for r in runs].count(run.name) == 1 else f"{run.name} ({run.key})" for run in runs]
     rows = []
     for run, label in zip(runs, labels, strict=True):
         losses, valid = (

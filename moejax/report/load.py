@@ -97,9 +97,7 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path.name}: not JSON ({error}); its facts are left out.")
         return {}
     if not isinstance(value, dict):
-        problems.append(
-            f"{path.name}: expected an object, got {type(value).__name__}; its facts are left out."
-        )
+        problems.append(f"{path.name}: expected an object, got {type(value).__name__}; its facts are left out.")
         return {}
     return value
 

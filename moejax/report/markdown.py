@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moejax.report.blocks import Cell, Table, metric_words
-from moejax.report.tables import contrast_table, group_rows, headline, table_title, value_table
+from moejax.report.tables import contrast_table, group_rows, headline, table_title, value_tables
 from moejax.results import ResultRow
 from moejax.verdicts import count_verdicts
 
@@ -15,17 +15,16 @@ def results_markdown(rows: Sequence[ResultRow]) -> str:
     committed page.
     """
     parts = []
-    for (paper, table, scale), group in group_rows(rows).items():
-        parts.append(f"### {table_title(paper, table, scale)}")
+    for (paper, table, setting), group in group_rows(rows).items():
+        parts.append(f"### {table_title(paper, table, setting)}")
         values = [row for row in group if row.kind == "value"]
         contrasts = [row for row in group if row.kind == "contrast"]
-        first = headline(group)
-        for metric in sorted({row.metric: None for row in values}, key=lambda name: name != first):
-            parts.append(_table(value_table([row for row in values if row.metric == metric])))
+        parts += [_table(table) for table in value_tables(values, headline(group))]
         if contrasts:
             parts.append(_table(contrast_table(contrasts)))
         counts = count_verdicts([row.verdict for row in group])
-        parts.append("Verdicts: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + ".")
+        if any(counts.values()):
+            parts.append("Verdicts: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + ".")
         parts.append(_origin(group))
     return "\n\n".join(part for part in parts if part) + "\n" if parts else ""
 
@@ -60,7 +59,7 @@ def _origin(rows: Sequence[ResultRow]) -> str:
         {row.commit[:12] + (" with uncommitted changes" if row.dirty else "") for row in rows if row.commit}
     )
     metrics = sorted({metric_words(row.metric) for row in rows})
-    facts = [f"{len(rows)} rows ({', '.join(metrics)})"]
+    facts = [f"{len(rows)} rows" + (f" ({', '.join(metrics)})" if len(metrics) <= 4 else "")]
     facts += [f"measured on {', '.join(devices)}"] if devices else []
     facts += [f"commit {', '.join(commits)}"] if commits else []
     commands = sorted({row.command for row in rows if row.command})

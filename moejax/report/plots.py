@@ -111,18 +111,14 @@ def _inline(svg: str, name: str, alt: str) -> str:
 
 def _legend(axes: Axes, entries: int) -> None:
     if entries > 1:
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0, columnspacing=1.2
-        )
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0, columnspacing=1.2)
 
 
 def _thousands(value: float, _: Any) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,g}"
 
 
-def curves(
-    lines: Sequence[Line], name: str, alt: str, xlabel: str, ylabel: str, hlines: Sequence[tuple] = ()
-) -> str:
+def curves(lines: Sequence[Line], name: str, alt: str, xlabel: str, ylabel: str, hlines: Sequence[tuple] = ()) -> str:
     """Values over steps. ``hlines``: (label, y) of dashed levels."""
 
     def draw(figure: Figure) -> None:
@@ -155,9 +151,7 @@ def arms(
             # Arms stand a little beside each other, so that intervals at the same x can be told apart.
             shift = (i - (len(lines) - 1) / 2) * min(0.08, 0.4 / len(lines)) * step
             at = [x + shift for x in line.x]
-            axes.plot(
-                at, line.y, label=line.label, color=SERIES[i % 8], ls=_DASHES[i % 8], marker=_MARKERS[i % 8]
-            )
+            axes.plot(at, line.y, label=line.label, color=SERIES[i % 8], ls=_DASHES[i % 8], marker=_MARKERS[i % 8])
             for x, low, high in zip(at, line.low, line.high, strict=False):
                 if math.isfinite(low) and math.isfinite(high):
                     axes.plot([x, x], [low, high], color=SERIES[i % 8], lw=1)
@@ -196,16 +190,12 @@ def heat_map(utilisation: Sequence[Sequence[float]], layers: Sequence[Any], name
             bar.add_patch(Rectangle((level, 0), 1, 1, facecolor=color, lw=0))
         bar.set(xlim=(0, len(HEAT)), ylim=(0, 1), yticks=[], xticks=range(1, len(HEAT)))
         bar.set_xticklabels([f"{bound:g}" for bound in HEAT_BOUNDS[1:-1]])
-        bar.set_title(
-            "load / ideal: 1 is even, 2 is twice its share; leftmost: dead", fontsize=9, fontweight="normal"
-        )
+        bar.set_title("load / ideal: 1 is even, 2 is twice its share; leftmost: dead", fontsize=9, fontweight="normal")
         axes.set(xlim=(0, experts), ylim=(len(utilisation), 0), xlabel="expert", ylabel="layer")
         every = max(1, math.ceil(len(layers) / 24))
         axes.set_yticks([i + 0.5 for i in range(0, len(layers), every)], [str(v) for v in layers[::every]])
         stride = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if experts / s <= 17 or s == 256)
-        axes.set_xticks(
-            [e + 0.5 for e in range(0, experts, stride)], [str(e) for e in range(0, experts, stride)]
-        )
+        axes.set_xticks([e + 0.5 for e in range(0, experts, stride)], [str(e) for e in range(0, experts, stride)])
         for each in (bar, axes):
             each.grid(False)
             each.spines[:].set_visible(False)
@@ -226,18 +216,14 @@ def forest(
             if interval:
                 axes.plot(interval, [i, i], color=SERIES[0], lw=2.4, solid_capstyle="butt")
             axes.plot([value], [i], "o", color=SERIES[0], ms=6)
-            axes.plot(
-                [border, border], [i - 0.32, i + 0.32], color=SERIES[1], lw=1.6, label=None if i else "border"
-            )
+            axes.plot([border, border], [i - 0.32, i + 0.32], color=SERIES[1], lw=1.6, label=None if i else "border")
         axes.set_yticks(range(len(entries)), [entry[0] for entry in entries])
         axes.set_ylim(len(entries) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda v, _: f"{v:+g}".replace("-", MINUS) if v else "0")
-        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g}".replace("-", MINUS) if v else "0"))
         axes.set_xlabel(xlabel)
         axes.margins(x=0.08)
         _legend(axes, 2)

@@ -113,11 +113,7 @@ def _sizes(stats: Any) -> Table | None:
         if isinstance(splits, dict)
         for split, size in splits.items()
     ]
-    return (
-        Table(["domain", "split", "bytes", "tokens", "documents"], rows, "Data", folded=True)
-        if rows
-        else None
-    )
+    return Table(["domain", "split", "bytes", "tokens", "documents"], rows, "Data", folded=True) if rows else None
 
 
 def thin(steps: list[int], values: list[float], points: int = POINTS) -> tuple[list[float], list[float]]:
@@ -168,10 +164,7 @@ def curves(run: Run) -> Section:
             "Validation bits per byte by domain",
             "bits per byte",
             [
-                *(
-                    (domain, series(valid, "bits_per_byte", domain))
-                    for domain in names(valid, "bits_per_byte")
-                ),
+                *((domain, series(valid, "bits_per_byte", domain)) for domain in names(valid, "bits_per_byte")),
                 ("mean of domains", series(valid, "mean_bits_per_byte")),
             ],
             f"{run.key}-",
@@ -236,15 +229,11 @@ def load(run: Run) -> Section:
         or not all(isinstance(row, list) and row and all(map(is_number, row)) for row in grid)
         or not grid
     ):
-        return Section(
-            "load", title, absent="No expert load has been logged yet (or the model has no experts)."
-        )
+        return Section("load", title, absent="No expert load has been logged yet (or the model has no experts).")
     named = line.get("layers")
     layers = named if isinstance(named, list) and len(named) == len(grid) else list(range(len(grid)))
     peak = max(
-        (value, layer, expert)
-        for layer, row in zip(layers, grid, strict=True)
-        for expert, value in enumerate(row)
+        (value, layer, expert) for layer, row in zip(layers, grid, strict=True) for expert, value in enumerate(row)
     )
     dead = sum(value < plots.HEAT_BOUNDS[1] for row in grid for value in row)
     cells = sum(map(len, grid))
@@ -328,6 +317,4 @@ def tasks(run: Run) -> Section:
             ]
         )
     caption = f"At step {significant(line.get('step'))}. ± is one standard error; within two is chance."
-    return Section(
-        "tasks", "Tasks", [Table(["task", "metric", "score", "chance", "examples", "note"], rows, caption)]
-    )
+    return Section("tasks", "Tasks", [Table(["task", "metric", "score", "chance", "examples", "note"], rows, caption)])

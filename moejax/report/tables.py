@@ -43,16 +43,16 @@ MAX_PLOTS = 4
 
 
 def group_rows(rows: Sequence[ResultRow]) -> dict[tuple[str, str, str], list[ResultRow]]:
-    """Rows by (paper, table, scale), in order of appearance."""
+    """Rows by (paper, table, config's name or else scale), in order of appearance: one table each."""
     groups: dict[tuple[str, str, str], list[ResultRow]] = {}
     for row in rows:
-        groups.setdefault((row.paper, row.table, row.scale), []).append(row)
+        groups.setdefault((row.paper, row.table, row.config or f":{row.scale}"), []).append(row)
     return groups
 
 
-def table_title(paper: str, table: str, scale: str) -> str:
+def table_title(paper: str, table: str, setting: str) -> str:
     name = f"table {table}" if table[:1].isdigit() else table
-    return f"{PAPERS.get(paper, paper)}: {name}" + (f" (:{scale})" if scale else "")
+    return f"{PAPERS.get(paper, paper)}: {name}" + (f" ({setting})" if setting.strip(":") else "")
 
 
 def headline(rows: Sequence[ResultRow]) -> str | None:
@@ -69,8 +69,8 @@ def tables(run: Run) -> list[Section]:
     if not run.rows:
         return [Section("tables", "Tables", absent="No results row has been written yet.")]
     sections = []
-    for i, ((paper, table, scale), rows) in enumerate(group_rows(run.rows).items()):
-        title = table_title(paper, table, scale)
+    for i, ((paper, table, setting), rows) in enumerate(group_rows(run.rows).items()):
+        title = table_title(paper, table, setting)
         sections.append(Section(f"table-{i + 1}", title, _table_blocks(rows, f"{run.key}-table-{i + 1}")))
     return sections
 
@@ -95,18 +95,13 @@ def _table_blocks(rows: Sequence[ResultRow], key: str) -> list[Block]:
         figures.append(forest)
     if figures:
         blocks.append(Row(figures))
-    for metric in metrics:
-        mine = [row for row in values if row.metric == metric]
-        blocks.append(value_table(mine, folded=metric != metrics[0]))
-    return [*blocks, *_origin(rows)]
+    return [*blocks, *value_tables(values, first), *_origin(rows)]
 
 
 def _origin(rows: Sequence[ResultRow]) -> list[Block]:
     """Where the rows come from; "" for what they do not say."""
     shapes = sorted({" × ".join(map(str, row.batch_shape)) for row in rows if row.batch_shape})
-    commits = {
-        row.commit + (" (with uncommitted changes)" if row.dirty else "") for row in rows if row.commit
-    }
+    commits = {row.commit + (" (with uncommitted changes)" if row.dirty else "") for row in rows if row.commit}
     items = [
         ("evaluation batch, sequences × tokens; limits act within it", " or ".join(shapes)),
         ("device", ", ".join(sorted({f"{row.device} × {row.device_count}" for row in rows if row.device}))),
@@ -117,6 +112,29 @@ def _origin(rows: Sequence[ResultRow]) -> list[Block]:
     ]
     known = [(name, value) for name, value in items if value]
     return [Facts(known)] if known else []
+
+
+def value_tables(values: Sequence[ResultRow], first: str | None) -> list[Table]:
+    """One table for each metric, ``first`` ahead; where there is one row of many metrics, one table of them all."""
+    metrics = sorted({row.metric: None for row in values}, key=lambda metric: metric != first)
+    if len(metrics) > 1 and len({row.row for row in values}) == 1:
+        return [metric_table(values)]
+    return [value_table([r for r in values if r.metric == m], folded=m != metrics[0]) for m in metrics]
+
+
+def metric_table(rows: Sequence[ResultRow]) -> Table:
+    """All metrics of one row, with the byte 6-gram's value beside bits per byte."""
+    cells = [
+        [
+            Cell(metric_words(row.metric), title=f"row {row.id}"),
+            number(NONE if row.value is None else digits_of(row)),
+            Cell(row.unit),
+            number(fixed(row.extra["byte_6_gram"], 4) if is_number(row.extra.get("byte_6_gram")) else NONE),
+            number(str(len(row.values_by_seed)) if row.values_by_seed else NONE),
+        ]
+        for row in rows
+    ]
+    return Table(["metric", "ours", "unit", "byte 6-gram", "seeds"], cells, f"{rows[0].row}, best checkpoint.", False)
 
 
 def value_table(rows: Sequence[ResultRow], folded: bool = False) -> Table:
@@ -138,9 +156,7 @@ def value_table(rows: Sequence[ResultRow], folded: bool = False) -> Table:
         )
     columns = ["row", f"ours, {unit or metric}", "interval", "seeds", "published", "pairs touched", "verdict"]
     kinds = sorted({row.interval_kind for row in rows if row.interval_kind})
-    notes = sorted(
-        {row.published_metric for row in rows if row.published is not None and row.published_metric}
-    )
+    notes = sorted({row.published_metric for row in rows if row.published is not None and row.published_metric})
     caption = metric[:1].upper() + metric[1:]
     if known_sign(rows[0].metric):
         caption += " (lower is better)" if known_sign(rows[0].metric) == "a < b" else " (higher is better)"
@@ -261,31 +277,20 @@ def published_figure(rows: Sequence[ResultRow], name: str) -> Figure | None:
     baselines = {row.baseline_row for row, _ in found}
     base = next((row for row in mine if row.row in baselines and plot_point(row) is None), None)
     arms = _lines([(point[0], point[1], row) for row, point in found])
-    lines = [
-        plots.Line(arm, [x for x, _ in items], [row.published for _, row in items]) for arm, items in arms
-    ]
-    label = next((row.published_metric for row in mine if row.published_metric), "") or metric_words(
-        str(metric)
-    )
+    lines = [plots.Line(arm, [x for x, _ in items], [row.published for _, row in items]) for arm, items in arms]
+    label = next((row.published_metric for row in mine if row.published_metric), "") or metric_words(str(metric))
     xname = found[0][1][2]
     alt = f"Published: {label} over {xname}. " + "; ".join(
-        f"{line.label}: " + ", ".join(f"{y:g} at {x:g}" for x, y in zip(line.x, line.y, strict=True))
-        for line in lines
+        f"{line.label}: " + ", ".join(f"{y:g} at {x:g}" for x, y in zip(line.x, line.y, strict=True)) for line in lines
     )
-    level = (
-        (f"{base.row} (baseline)", base.published)
-        if base is not None and base.published is not None
-        else None
-    )
+    level = (f"{base.row} (baseline)", base.published) if base is not None and base.published is not None else None
     data = [
         ["arm", xname, label],
         *([line.label, x, y] for line in lines for x, y in zip(line.x, line.y, strict=True)),
     ]
     short = label if len(label) <= 34 else "published value"
     figure = plots.arms(lines, level, name, alt, xname, short)
-    return Figure(
-        name, figure, alt, f"Published: {label}. Another axis and perhaps another direction than ours.", data
-    )
+    return Figure(name, figure, alt, f"Published: {label}. Another axis and perhaps another direction than ours.", data)
 
 
 def forest_figure(rows: Sequence[ResultRow], name: str) -> Figure | None:
@@ -304,9 +309,7 @@ def forest_figure(rows: Sequence[ResultRow], name: str) -> Figure | None:
     if not entries:
         return None
     unit = next((row.unit for row in rows if row.unit), metric_words(rows[0].metric))
-    alt = "Advantage on the claimed side. " + "; ".join(
-        f"{label}: {value:+.4g}" for label, value, *_ in entries
-    )
+    alt = "Advantage on the claimed side. " + "; ".join(f"{label}: {value:+.4g}" for label, value, *_ in entries)
     caption = "Advantage on the claimed side, with interval. A claim holds if all of it is beyond the border."
     return Figure(name, plots.forest(entries, name, alt, f"advantage, {unit}"), alt, caption, data)
 
