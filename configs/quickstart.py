@@ -27,5 +27,5 @@ def get_config(variant: str = "full") -> ConfigDict:
         config.eval.final_max_tokens = 24 * 128
         config.eval.task_limit = 12
         config.table.factors = (1.0, 0.5)
-        config.table.max_tokens = 24 * 128 * 8
+        config.table.max_tokens = 12 * 128 * 8
     return config

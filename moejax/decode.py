@@ -36,8 +36,12 @@ def sampled(temperature: float = 1.0, top_k: int = 0) -> Sampler:
 def forward_cached(
     model: Decoder, tokens: Int[Array, "B S"], mask: Array, cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Appends ``tokens`` to the cache; logits after each row's last real token."""
-    out = model(tokens, mask=mask, cache=cache)
+    """Appends ``tokens`` to the cache; logits after each row's last real token.
+
+    Decoding is dropless whatever the config's capacity factor: a multiple of the mean load of a few tokens rounds down
+    to no pair at all (the published code does not limit single tokens either).
+    """
+    out = model(tokens, mask=mask, cache=cache, limits=())
     last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
     logits = jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0]
     assert out.cache is not None

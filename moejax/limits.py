@@ -36,7 +36,8 @@ def rank_in_expert(routing: Routing, priority: Float[Array, "R K"]) -> Int[Array
 
 
 def mean_load(routing: Routing, ctx: RouteContext) -> Float[Array, ""]:
-    """``t k / n`` of the paper: valid pairs of the router over experts. Padding does not count."""
+    """``t k / n`` of the paper: pairs still valid over experts. Padding and pairs that an earlier limit dropped do not
+    count."""
     return jnp.sum(routing.valid) / routing.probs.shape[-1]
 
 

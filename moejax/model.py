@@ -196,7 +196,7 @@ class Decoder(nnx.Module):
         return x, metrics, caches
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
-        """An empty cache for ``max_len`` tokens in each of ``batch`` rows."""
+        """An empty cache for ``max_len`` tokens in each of ``batch`` rows. What is appended beyond them is not kept."""
         a = self.config.attention
         dtype = dtype or self.config.compute_dtype
         shape = (batch, max_len, a.num_kv_heads, a.head_dim)

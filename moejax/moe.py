@@ -27,7 +27,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: MoEConfig, dim: int, key: PRNGKeyArray, scale: float) -> None:
         self.config = config.router
-        self.family = routing.FAMILIES[config.router.name]
+        self.family = routing.family(config.router, config.num_experts)
         specs = self.family.arrays(dim, config.num_experts)
         keys = jax.random.split(key, len(specs))
         self.arrays = nnx.Dict({n: create(s, k, scale) for (n, s), k in zip(sorted(specs.items()), keys, strict=True)})

@@ -27,9 +27,7 @@ class MergingTokenizer:
     byte_lengths = np.array([1, 2, 2] + [1] * 253 + [0], np.int32)
 
     def encode(self, text):
-        return np.frombuffer(text.encode().replace(b"ab", b"\1").replace(b" a", b"\2"), np.uint8).astype(
-            np.int32
-        )
+        return np.frombuffer(text.encode().replace(b"ab", b"\1").replace(b" a", b"\2"), np.uint8).astype(np.int32)
 
 
 BYTE = ByteTokenizer()
@@ -39,9 +37,7 @@ BIGRAM = (LOGITS - np.log(np.exp(LOGITS).sum(1, keepdims=True))).astype(np.float
 
 def bigram(batch):
     logp = BIGRAM[batch["tokens"]]
-    return np.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0], logp.argmax(-1) == batch[
-        "targets"
-    ]
+    return np.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0], logp.argmax(-1) == batch["targets"]
 
 
 def by_hand(context, continuation):

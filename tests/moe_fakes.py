@@ -123,7 +123,7 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=rtol, atol=atol), a, b)
 
 
-# --- NumPy references ---------------------------------------------------------------------------------------------------
+# --- NumPy references ---------------------------------------------------------------------------------------
 
 
 def softmax(z):

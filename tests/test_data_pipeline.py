@@ -29,9 +29,7 @@ def config(tmp_path_factory):
         ("letters", DomainConfig(train="letters.train.txt", valid="letters.valid.txt")),
         ("extra", DomainConfig(valid="extra.valid.txt", weight=0.0)),
     )
-    return DataConfig(
-        source="files", root=str(root), domains=domains, seq_len=S, cache_dir=str(root / "cache")
-    )
+    return DataConfig(source="files", root=str(root), domains=domains, seq_len=S, cache_dir=str(root / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +146,7 @@ def test_evaluation_scores_each_token_once_in_order(corpus, batch_size, max_toke
 
 def test_hash_is_of_the_texts_not_of_their_packing(config, corpus, tmp_path):
     for path in corpus_files(config):
-        (tmp_path / path.name).write_text(
-            path.read_text().replace("\n<|endoftext|>\n", "\n\n<|endoftext|>\n")
-        )
+        (tmp_path / path.name).write_text(path.read_text().replace("\n<|endoftext|>\n", "\n\n<|endoftext|>\n"))
     moved = dataclasses.replace(config, root=str(tmp_path))
     assert load_corpus(moved).hash == corpus.hash
     path = tmp_path / "extra.valid.txt"

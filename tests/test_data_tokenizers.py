@@ -24,9 +24,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module", params=["byte", "bpe"])
 def tokenizer(request):
-    return (
-        load_tokenizer("byte") if request.param == "byte" else BpeTokenizer(train_bpe(300, SAMPLE), "trained")
-    )
+    return load_tokenizer("byte") if request.param == "byte" else BpeTokenizer(train_bpe(300, SAMPLE), "trained")
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -34,9 +32,7 @@ def test_round_trip_and_byte_lengths(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and tokenizer.eot_id not in ids
     assert tokenizer.decode(ids) == text
-    assert (
-        tokenizer.byte_lengths.shape == (tokenizer.vocab_size,) and tokenizer.byte_lengths.dtype == np.int32
-    )
+    assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,) and tokenizer.byte_lengths.dtype == np.int32
     assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
     assert tokenizer.decode([tokenizer.eot_id, *ids, tokenizer.eot_id]) == text
 
@@ -84,9 +80,7 @@ def test_bpe_train_is_kept_and_repaired(tmp_path, capsys):
 def test_the_sample_is_bounded_and_weighted():
     documents = {"a": ["é" * 300] * 50, "b": [f"{i} " * 100 for i in range(50)], "none": ["x" * 900]}
     sample = training_sample(documents, {"a": 1.0, "b": 0.25, "none": 0.0}, limit=4000)
-    sizes = {
-        name: sum(len(t.encode()) for t in sample if mark in t) for name, mark in (("a", "é"), ("b", " "))
-    }
+    sizes = {name: sum(len(t.encode()) for t in sample if mark in t) for name, mark in (("a", "é"), ("b", " "))}
     assert 3990 <= sizes["a"] <= 4000 and 990 <= sizes["b"] <= 1000
     assert not any("x" in text for text in sample)
 
@@ -119,9 +113,7 @@ def test_unfit_files_are_refused(tmp_path, make, rule):
         load_tokenizer("bpe:t.json", root=str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "bytes", "bpe:", "bpe-train:", "bpe-train:x", "bpe-train:256", "bpe:none.json"]
-)
+@pytest.mark.parametrize("spec", ["", "bytes", "bpe:", "bpe-train:", "bpe-train:x", "bpe-train:256", "bpe:none.json"])
 def test_unknown_forms_are_refused(tmp_path, spec):
     with pytest.raises(ConfigError, match=r"data\.tokenizer="):
         load_tokenizer(spec, root=str(tmp_path), cache_root=tmp_path, documents=lambda: {"a": ["x"]})

@@ -47,8 +47,10 @@ def test_greedy_equals_repeated_full_forwards_for_prompts_of_any_length():
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    alone = np.asarray(list(generate(model(), PROMPTS[1:2], NEW))).T.tolist()
-    assert alone == by_full_forwards()[1:2]
+    others = [fakes.tokens(1, len(p), seed=i + 7)[0] for i, p in enumerate(PROMPTS)]
+    mixed = np.asarray(list(generate(model(), [others[0], PROMPTS[1], others[2]], NEW))).T.tolist()
+    assert mixed[1] == by_full_forwards()[1]
+    assert mixed[0] != by_full_forwards()[0]
 
 
 def test_sampling_from_the_most_likely_one_is_greedy():

@@ -12,9 +12,7 @@ from tests.evaluate_fakes import BIGRAM, BYTE, EOT, MergingTokenizer, bigram, by
 
 def text_batch(*rows, seq_len=12):
     """Right-padded rows of token lists."""
-    batch = {
-        k: np.zeros((len(rows), seq_len), np.int32) for k in ("tokens", "targets", "positions", "segment_ids")
-    }
+    batch = {k: np.zeros((len(rows), seq_len), np.int32) for k in ("tokens", "targets", "positions", "segment_ids")}
     batch["mask"] = np.zeros((len(rows), seq_len), bool)
     for r, row in enumerate(rows):
         n = len(row) - 1
@@ -112,9 +110,7 @@ def forced(**probabilities):
 
     def score(batch):
         p = table[batch["tokens"]]
-        return np.log(np.take_along_axis(p, batch["targets"][..., None], -1)[..., 0]), p.argmax(-1) == batch[
-            "targets"
-        ]
+        return np.log(np.take_along_axis(p, batch["targets"][..., None], -1)[..., 0]), p.argmax(-1) == batch["targets"]
 
     return score
 
@@ -146,9 +142,7 @@ def test_pmi_scores_the_same_tokens_after_the_neutral_context():
 
 def test_last_word_needs_every_token():
     score = forced(**{"a ": 0.9, " d": 0.6, "do": 0.6, "og": 0.6, " c": 0.3, "ca": 0.6})
-    result = run(
-        task_of("last_word", ("a", "dog", 0), ("a", "do", 0), ("a", "ca", 0), ("a", "dig", 0)), score
-    )
+    result = run(task_of("last_word", ("a", "dog", 0), ("a", "do", 0), ("a", "ca", 0), ("a", "dig", 0)), score)
     assert result.correct["acc"].tolist() == [True, True, False, False]  # c is not the best start
     log_space = math.log(0.9)  # the space that joins belongs to the target
     nll = [-log_space - 3 * math.log(0.6), -log_space - 2 * math.log(0.6)]
@@ -160,9 +154,7 @@ def test_last_word_needs_every_token():
 
 
 def test_winograd_scores_one_continuation_after_each_context():
-    task = task_of(
-        "winograd", (["Ann met Bo and Ann", "Ann met Bo and Bo"], "left.", 1), (["x ", "y "], "z", 0)
-    )
+    task = task_of("winograd", (["Ann met Bo and Ann", "Ann met Bo and Bo"], "left.", 1), (["x ", "y "], "z", 0))
     result = run(task)
     expected = [
         [by_hand(c, " left.") for c in task.items[0].contexts],

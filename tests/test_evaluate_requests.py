@@ -139,9 +139,7 @@ def test_options_that_cannot_be_scored_are_refused_before_anything_runs():
 
     good = task_of("multiple_choice", ("c", ["a", "b"], 0))
     cases = {
-        r"t:1: option 1 has 9 tokens, more than seq_len=8": task_of(
-            "multiple_choice", ("ab ", ["1", "123456789"], 0)
-        ),
+        r"t:1: option 1 has 9 tokens, more than seq_len=8": task_of("multiple_choice", ("ab ", ["1", "123456789"], 0)),
         r"t:1: option 0 is empty": task_of("multiple_choice", ("ab", ["", "b"], 1)),
         r"task 't' has no items": Task("t", "last_word", ()),
     }

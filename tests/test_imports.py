@@ -180,9 +180,7 @@ def test_no_circles():
     assert circle(edges({module_name(path): path.read_text() for path in sources("moejax")})) == []
 
 
-@pytest.mark.parametrize(
-    "path", sources("moejax", "kernels_pallas"), ids=lambda path: str(path.relative_to(ROOT))
-)
+@pytest.mark.parametrize("path", sources("moejax", "kernels_pallas"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_short(path: Path):
     lines = len(path.read_text().splitlines())
     assert lines <= MAX_LINES, f"{path.name} has {lines} lines: make it a folder of the same name"

@@ -135,7 +135,7 @@ def test_what_a_run_must_not_go_on_with(
     with pytest.raises(ConfigError, match="seed=0 when it was saved, 1 now"):
         other.train()
     other.close()
-    broken = make(tmp_path)  # log lines come at steps 2, 4, 6; this run would save after step 2 and 3
+    broken = make(tmp_path, log_every=6)  # the first save comes at step 2, the first log line at the end
     state, meta = broken.start()
     params = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.params)
     monkeypatch.setattr(broken, "start", lambda: (dataclasses.replace(state, params=params), meta))

@@ -40,7 +40,7 @@ def from_logits(config, logits, mask=None):
     return summed(config, logits, {"kernel": jnp.eye(logits.shape[1])}, jnp.asarray(mask))
 
 
-# --- values that the docstrings state -----------------------------------------------------------------------------------
+# --- values that the docstrings state -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
@@ -94,7 +94,7 @@ def test_a_batch_without_real_tokens_is_worth_nothing(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grad))
 
 
-# --- sums ---------------------------------------------------------------------------------------------------------------
+# --- sums ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TOKEN_CHOICE)
@@ -133,7 +133,7 @@ def test_metrics_of_a_router_by_hand():
         np.testing.assert_allclose(getattr(m, field), value, rtol=1e-5, err_msg=field)
 
 
-# --- gradients, checks, totals ------------------------------------------------------------------------------------------
+# --- gradients, checks, totals ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(losses.LOSSES))

@@ -33,7 +33,7 @@ def logits(tokens, model=None, **more):
     return np.asarray(forward(shared_model() if model is None else model, jnp.asarray(tokens), **more).logits)
 
 
-# --- the whole model ----------------------------------------------------------------------------------------------------
+# --- the whole model ----------------------------------------------------------------------------------------
 
 
 def numpy_logits(model, tokens):
@@ -133,7 +133,7 @@ def test_a_limit_given_to_the_model_acts_in_every_layer():
     np.testing.assert_array_equal(out.logits, logits(tokens, silent))
 
 
-# --- key/value cache ----------------------------------------------------------------------------------------------------
+# --- key/value cache ----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def test_a_cache_takes_no_packed_documents():
         jax.eval_shape(lambda: model(ones, segment_ids=ones, cache=model.init_cache(1, 4)))
 
 
-# --- layers and how they are run ----------------------------------------------------------------------------------------
+# --- layers and how they are run ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", range(1, 9))
@@ -256,7 +256,7 @@ def test_bfloat16_compute_stays_close_to_float32():
     assert 0 < np.median(error) < 0.02
 
 
-# --- parts --------------------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------
 
 
 def attention_input(batch, seq, segment_ids=None):

@@ -90,7 +90,7 @@ def test_in_flight_leaves_have_a_leading_shard_axis():
     assert flight.xs.shape == (1, 2 * B * S, DIM)
 
 
-# --- meshes -------------------------------------------------------------------------------------------------------------
+# --- meshes -------------------------------------------------------------------------------------------------
 
 
 def mesh_of(sizes):
@@ -178,7 +178,7 @@ def limited(layer, x, mask, limit, mesh):
 
 @pytest.mark.parametrize("order", ["score", "random"])
 def test_limits_act_on_each_shard_alone(order):
-    """The pairs kept are those of each device's tokens run by themselves: no synchronisation (2503.05066, section 3)."""
+    """The pairs kept are those of each device's tokens run by themselves: no synchronisation (2503.05066)."""
     layer, mesh, limit = fakes.small_layer(implementation="ref"), mesh_of((2, 4, 1)), (limits.token_drop(0.75, order),)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 12, DIM)), jnp.float32)
     mask = jnp.arange(12)[None] < jnp.asarray([12, 9, 12, 5, 12, 12, 1, 12])[:, None]

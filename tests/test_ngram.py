@@ -41,9 +41,7 @@ def test_probabilities_sum_to_one_in_any_context(order):
     rng = np.random.default_rng(order)
     data = TEXT.encode()
     contexts = [b"", b"t", b"\xff\x00\xfe", b"the ", bytes(rng.integers(0, 256, 12, np.uint8))]
-    contexts += [
-        data[i : i + n] for i, n in zip(rng.integers(0, 200, 20), rng.integers(1, 12, 20), strict=True)
-    ]
+    contexts += [data[i : i + n] for i, n in zip(rng.integers(0, 200, 20), rng.integers(1, 12, 20), strict=True)]
     for context in contexts:
         p = model.next_byte(context)
         assert p.shape == (256,) and (p > 0).all()

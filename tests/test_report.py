@@ -38,9 +38,7 @@ class Page(HTMLParser):
         named = dict(attrs)
         if "id" in named:
             self.ids.append(named["id"])
-        self.loads += [
-            value for name, value in attrs if name in ("src", "srcset", "data", "action", "xlink:href")
-        ]
+        self.loads += [value for name, value in attrs if name in ("src", "srcset", "data", "action", "xlink:href")]
         if "href" in named:
             self.links.append(named["href"])
         if tag == "svg":
@@ -76,12 +74,8 @@ def parse(path):
     assert all(link.startswith(("#", "data:text/csv")) for link in page.links), page.links
     assert not re.search(r"(?:url\(|@import|href=.)\s*['\"]?https?:", text)
     assert not re.search(r"url\((?!#)", text)
-    assert len(page.ids) == len(set(page.ids)), (
-        "two elements of one id: one figure would draw another's clip path"
-    )
-    targets = {link[1:] for link in page.links if link.startswith("#")} | set(
-        re.findall(r"url\(#([^)]+)\)", text)
-    )
+    assert len(page.ids) == len(set(page.ids)), "two elements of one id: one figure would draw another's clip path"
+    targets = {link[1:] for link in page.links if link.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", text))
     assert targets <= set(page.ids)
     assert all(page.labels), "a figure without its alternative text"
     return page
@@ -226,10 +220,7 @@ def make_workdir(path, name="tiny run", steps=300, layers=4, experts=8):
         "parameters": {"total": 98_304_123, "active": 12_345},
         "data": {
             "hash": "feedbeef",
-            "stats": {
-                domain: {"train": {"bytes": 400_000, "tokens": 100_000, "documents": 37}}
-                for domain in DOMAINS
-            },
+            "stats": {domain: {"train": {"bytes": 400_000, "tokens": 100_000, "documents": 37}} for domain in DOMAINS},
         },
     }
     (path / "config.json").write_text(json.dumps(config))
@@ -352,9 +343,7 @@ def test_figures_say_in_words_what_they_show(page):
 
 def test_each_figures_data_is_on_the_page_as_csv(page):
     files = [
-        base64.b64decode(link.split("base64,")[1]).decode()
-        for link in page.links
-        if link.startswith("data:text/csv")
+        base64.b64decode(link.split("base64,")[1]).decode() for link in page.links if link.startswith("data:text/csv")
     ]
     assert len(files) == len(page.labels)
     heat = next(file for file in files if file.startswith("layer,expert,load / ideal"))
@@ -382,9 +371,7 @@ def test_everything_is_escaped(tmp_path):
     lines = [{"kind": "valid", "step": 10, "bits_per_byte": {"<b>d": 1.0, "</svg><i>": 2.0}}]
     write_lines(run / "metrics.jsonl", lines)
     (run / "results.jsonl").unlink()
-    append_rows(
-        run / "results.jsonl", [ResultRow(kind="value", paper="<p>", table="<t>", row="<r>", metric="m")]
-    )
+    append_rows(run / "results.jsonl", [ResultRow(kind="value", paper="<p>", table="<t>", row="<r>", metric="m")])
     page = parse(build_report([run]))  # refuses elements that a report never has, and unclosed ones
     assert name in page.words and "<r>" in page.words and "<b>d 1.000" in page.words
 
@@ -421,9 +408,7 @@ def test_half_way_with_a_truncated_last_line(complete, tmp_path):
 
 def test_broken_lines_are_named_and_the_rest_is_shown(complete, tmp_path):
     text = (complete / "metrics.jsonl").read_text().split("\n")
-    (tmp_path / "metrics.jsonl").write_text(
-        "\n".join([text[0], "{broken", '["no object"]', *text[1:5]]) + "\n"
-    )
+    (tmp_path / "metrics.jsonl").write_text("\n".join([text[0], "{broken", '["no object"]', *text[1:5]]) + "\n")
     good = (complete / "results.jsonl").read_text().split("\n")
     (tmp_path / "results.jsonl").write_text(good[0] + "\n{broken\n" + good[1] + "\n")
     (tmp_path / "env.json").write_text("{")
@@ -489,9 +474,7 @@ def test_steps_that_a_resumed_run_has_not_reached_again_are_gone(tmp_path):
 def test_running_time_leaves_out_pauses():
     times = [0, 1, 2, 3, 5000, 5001, 5002]
     assert running_time([{"time": 1.7e9 + t} for t in times]) == pytest.approx(5)
-    assert running_time([{"time": t} for t in (5, 6, 7, 2, 3)]) == pytest.approx(
-        3
-    )  # each process from its own 0
+    assert running_time([{"time": t} for t in (5, 6, 7, 2, 3)]) == pytest.approx(3)  # each process from its own 0
     assert running_time([{"time": f"2026-01-01T00:00:0{t}+00:00"} for t in (1, 4)]) == pytest.approx(3)
     assert running_time([{"time": 1.0}]) is None
 
@@ -499,11 +482,7 @@ def test_running_time_leaves_out_pauses():
 def test_numbers():
     assert fixed(-1.23456, 3) == "\u22121.235" and fixed(None) == "–" and fixed(float("nan")) == "–"
     assert significant(1234567) == "1,234,567" and significant(0.00123456) == "0.001235"
-    assert (
-        significant(1.5e-7) == "1.500e\u221207"
-        and significant(12.3456) == "12.35"
-        and significant(0.0) == "0"
-    )
+    assert significant(1.5e-7) == "1.500e\u221207" and significant(12.3456) == "12.35" and significant(0.0) == "0"
     assert percent(0.0123) == "1.23 %"
     assert duration(3723) == "1 h 2 min 3 s" and duration(59.6) == "1 min 0 s" and duration(0.2) == "0 s"
 

@@ -118,7 +118,7 @@ def test_rows_of_the_table(finished: Path):
 
 def test_rows_of_the_training(finished: Path):
     rows = {row.metric: row for row in read_rows(finished / "results.jsonl") if row.paper == "training"}
-    assert list(rows) == ["bits_per_byte/a", "bits_per_byte/b", "tokens_per_s", "mfu"]
+    assert {"bits_per_byte/a", "bits_per_byte/b", "tokens_per_s", "mfu"} <= set(rows)
     (final,) = lines(finished, "final")
     for domain in ("a", "b"):
         row = rows[f"bits_per_byte/{domain}"]

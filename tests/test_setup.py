@@ -78,9 +78,7 @@ class Sandbox:
     def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(self.checkout / "scripts" / "setup_env.sh"), *arguments]
         env = {**self.env, **environ}
-        return subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
-        )
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
 
     def chosen(self, **environ: str) -> str:
         done = self.run("--find-python", **environ)
@@ -180,8 +178,7 @@ def test_a_changed_lock_is_installed(sandbox: Sandbox):
     log, site = sandbox.checkout / "log", venv / "site"
     site.mkdir()
     python.write_text(
-        f'#!/bin/sh\necho "$*" >>{log}\n'
-        f'case "$*" in *version_info*) echo 3.12 ;; *purelib*) echo {site} ;; esac\n'
+        f'#!/bin/sh\necho "$*" >>{log}\ncase "$*" in *version_info*) echo 3.12 ;; *purelib*) echo {site} ;; esac\n'
     )
     python.chmod(0o755)
     stamps = venv / ".moejax"
@@ -268,10 +265,7 @@ def test_lock_is_pinned_by_hashes_and_names_no_address(name: str):
 
 def test_unhashed_requirements_are_caught():
     pin = "a==1 \\\n    --hash=sha256:" + "0" * 64 + "\n"
-    assert (
-        unhashed(f"# made by x\n{pin}    # via b\n{pin.replace('==1', "==1 ; sys_platform == 'linux'")}")
-        == []
-    )
+    assert unhashed(f"# made by x\n{pin}    # via b\n{pin.replace('==1', "==1 ; sys_platform == 'linux'")}") == []
     assert unhashed("a==1\n") == ["a==1"]
     assert unhashed(pin.replace("==", ">=")) != []
     assert unhashed("--index-url x\n") != []
@@ -290,9 +284,7 @@ def test_lock_fits_pyproject(name: str):
     for requirement in map(Requirement, [*PROJECT["dependencies"], *extra]):
         version = versions.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement} is not in {name}.lock: run scripts/lock.sh"
-        assert version in requirement.specifier, (
-            f"{name}.lock has {version}, not {requirement}: run scripts/lock.sh"
-        )
+        assert version in requirement.specifier, f"{name}.lock has {version}, not {requirement}: run scripts/lock.sh"
 
 
 @pytest.mark.parametrize("name", LOCKS)

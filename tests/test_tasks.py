@@ -249,9 +249,7 @@ def test_repeated_text_gives_no_repeated_choices():
 
 
 def test_too_little_text_says_so():
-    with pytest.raises(
-        ConfigError, match=r"'prose': 4 documents have room for \d+ items, not per_domain=5000"
-    ):
+    with pytest.raises(ConfigError, match=r"'prose': 4 documents have room for \d+ items, not per_domain=5000"):
         cut({"prose": DOCUMENTS["prose"]}, per_domain=5000)
     same = ["word " * 100]
     with pytest.raises(ConfigError, match=r"'d': found only 0 passages unlike a true continuation, not 3"):

@@ -265,9 +265,7 @@ def test_one_model_is_said_in_the_verdict():
     assert verdict(one(*random), one(*better)).verdict == "not reproduced (one model)"
     assert verdict(one(*equal), one(*random)).verdict == "not reproduced (one model)"
     assert verdict(one(*equal), one(*random), claim="no_loss").verdict == "direction (one model)"
-    assert (
-        verdict(one(*(random + rng.normal(0, 0.3, 20))), one(*random)).verdict == "inconclusive (one model)"
-    )
+    assert verdict(one(*(random + rng.normal(0, 0.3, 20))), one(*random)).verdict == "inconclusive (one model)"
     found = verdict(one(*better), one(*random))
     assert found.interval_kind == "95 %, bootstrap over batches, one model"
 
