@@ -167,7 +167,7 @@ class Trainer:
         )
         metrics = StepMetrics(
             loss=ce + aux, ce=ce, nll=sums[0], text_bytes=sums[1], tokens=total_tokens, aux=raw,
-            grad_norm=optax.global_norm(grads), moe=moe,
+            grad_norm=optax.tree.norm(grads), moe=moe,
         )  # fmt: skip
         return new, metrics
 
