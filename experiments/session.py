@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 
 import kernels_pallas
 from kernels_pallas.grouped_matmul.ffn import Weights
@@ -38,6 +38,7 @@ def launch(define: Define, command: Command) -> None:
     What a user can mend is one paragraph on standard error and exit code 2, without a traceback.
     """
     define(flags.FLAGS, None)
+    logging.set_verbosity(logging.WARNING)  # JAX's notes on platforms that are not there
 
     def parser(argv: list[str]) -> list[str]:
         code = guarded(lambda: parse_flags(argv, flags.FLAGS))

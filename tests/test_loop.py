@@ -15,7 +15,8 @@ import pytest
 
 from moejax import metrics
 from moejax.config import ConfigError, ExperimentConfig, config_hash, from_mapping
-from moejax.data import Corpus, load_corpus
+from moejax.data import Corpus, eval_batches, load_corpus
+from moejax.evaluate import bits_per_byte
 from moejax.loop import Outcome, Run, padded_byte_lengths, resolve_vocab
 from moejax.sharding import make_mesh
 from tests.small import flat, quick_compilation, write_workspace
@@ -94,6 +95,18 @@ def test_checkpoints_hold_config_and_place_in_the_data(finished: Run):
     assert {"tokenizer", "grain"} <= set(meta["data"])
     state, step = finished.best()
     assert step == 6 and int(state.step) == 6
+
+
+def test_scores_do_not_depend_on_the_batch_size(finished: Run, corpus: Corpus):
+    state, _ = finished.best()
+    domain = corpus.domains[0]
+
+    def bits(batch_size: int) -> float:
+        batches = eval_batches(corpus, domain, "valid", batch_size=batch_size)
+        return bits_per_byte(finished.scorer(state), batches, corpus.tokenizer).bits_per_byte
+
+    # dropless, float32: only the order of sums inside a matmul may differ
+    assert bits(1) == pytest.approx(bits(8), rel=1e-5)
 
 
 def test_a_finished_run_returns_at_once(finished: Run):

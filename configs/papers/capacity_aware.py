@@ -63,7 +63,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.model.moe.router.k = 4
     config.data.tokenizer = "bpe-train:1024"
     config.data.seq_len = 128
-    config.train.steps = 450
+    config.train.steps = 350
     config.train.batch_size = 24
     config.train.learning_rate = 6e-3
     config.train.warmup_steps = 40
