@@ -62,7 +62,7 @@ def logits(model: Decoder, tokens: Int[np.ndarray, "B S"], batch_size: int = 0) 
 
     @jax.jit
     def forward(state: nnx.State, tokens: Array, mask: Array) -> Array:
-        return nnx.merge(graph, state)(tokens, mask=mask).logits.astype(jnp.float32)
+        return nnx.merge(graph, state)(tokens, mask=mask, key=jax.random.key(0)).logits.astype(jnp.float32)
 
     size = min(batch_size or len(tokens), len(tokens))
     out = []

@@ -31,7 +31,7 @@ from moejax.results import append_rows, read_rows
 from moejax.tasks import Task, continuation_task, load_task
 
 NGRAM_ORDERS = (3, 6)
-NGRAM_TRAIN_BYTES = 4_000_000
+NGRAM_TRAIN_BYTES = 8_000_000
 """Bytes of each domain that the n-gram baselines are fitted on, at most."""
 
 
@@ -78,7 +78,8 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
         for domain in corpus.domains
         if split in corpus.splits(domain)
     }
-    say("fitting byte n-gram baselines ...")
+    cut = f"; the model read its first {config.eval.final_max_tokens} tokens" if config.eval.final_max_tokens else ""
+    say(f"fitting byte n-gram baselines (they read the whole split{cut}) ...")
     ngram = {str(n): ngram_baseline(corpus, n, split, max_train_bytes=NGRAM_TRAIN_BYTES) for n in NGRAM_ORDERS}
     for domain, score in scores.items():
         say(f"  {domain:10s} {score.bits_per_byte:.3f} bits per byte   "

@@ -23,8 +23,10 @@ from moejax.results import ResultsError, environment_facts, write_atomically
 
 BINDING = ("model", "data", "train", "init_from")
 """Groups of fields that a workdir's checkpoints depend on; evaluation, table and mesh may change between calls."""
-FREE = ("cache_dir", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+FREE = ("cache_dir", "log_every", "checkpoint_every", "keep_checkpoints")
 """Fields in those groups that change no number."""
+SCORED = ("max_tokens",)
+"""Fields of ``eval`` that validation scores depend on: the best checkpoint is chosen among equal ones only."""
 
 
 Define = Callable[[flags.FlagValues, list[str] | None], None]
@@ -137,6 +139,8 @@ def open_workdir(workdir: Path, config: ExperimentConfig) -> None:
         different = [
             line for group in BINDING for line in _differences(old.get(group), new.get(group), f"config.{group}")
         ]
+        for name in SCORED:
+            different += _differences(old.get("eval", {}).get(name), new["eval"][name], f"config.eval.{name}")
         if different:
             raise ConfigError(
                 f"--workdir={workdir} holds a run with another config: {'; '.join(different[:8])}. "

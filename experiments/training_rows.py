@@ -46,7 +46,7 @@ def training_rows(workdir: Path) -> list[ResultRow]:
         grams = {f"byte_{n}_gram": by_domain[domain] for n, by_domain in final["ngram"].items() if domain in by_domain}
         more = {"split": final["split"], "ngram_max_train_bytes": final.get("ngram_max_train_bytes")}
         rows.append(row(f"bits_per_byte/{domain}", "bits per byte", value, step=final["step"], **grams, **more))
-    for tasks in [r for r in metrics if r["kind"] == "tasks"][-1:]:
+    for tasks in [r for r in metrics if r["kind"] == "tasks" and r["step"] == final["step"]][-1:]:
         for t in tasks["tasks"]:
             if "/" not in t["task"]:
                 more = {"stderr": t["stderr"], "n": t["n"], "chance": t["chance"]}
@@ -58,11 +58,18 @@ def training_rows(workdir: Path) -> list[ResultRow]:
                         **more,
                     )
                 )
-    trained = [r for r in metrics if r["kind"] == "train"]
-    if trained:
+    trained = list({r["step"]: r for r in metrics if r["kind"] == "train"}.values())  # a resumed run repeats steps
+    if any(r["tokens_per_s"] for r in trained):
         tokens = {"tokens": trained[-1]["tokens"], "seconds": trained[-1]["time"], "epochs": facts["data"]["epochs"]}
-        rows.append(row("tokens_per_s", "tokens/s", float(np.median([r["tokens_per_s"] for r in trained])), **tokens))
+        rows.append(
+            row(
+                "tokens_per_s",
+                "tokens/s",
+                float(np.median([r["tokens_per_s"] for r in trained if r["tokens_per_s"]])),
+                **tokens,
+            )
+        )
         rows.append(row("training_seconds", "s, with compilation and validation", trained[-1]["time"], **tokens))
-        share = float(np.median([r["mfu"] for r in trained]))
+        share = float(np.median([r["mfu"] for r in trained if r["mfu"]]))
         rows.append(row("mfu", "share of peak", share, back_end=facts["grouped_matmul"]["implementation"]))
     return rows

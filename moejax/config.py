@@ -286,5 +286,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: Any) -> str:
-    """First 12 hex digits of the SHA-256 of the config as sorted JSON."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+    """First 12 hex digits of the SHA-256 of the config as sorted JSON, without where data and cache lie."""
+    fields = to_dict(config)
+    if isinstance(fields.get("data"), dict):
+        fields["data"] = {k: v for k, v in fields["data"].items() if k not in ("root", "cache_dir")}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]

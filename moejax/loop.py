@@ -102,7 +102,13 @@ class Run:
         state = self.trainer.init()
         if self.config.init_from:
             folder = checkpoint.locate(self.config.init_from)
-            params, _ = checkpoint.load(folder, self.trainer.abstract.params, prefix="params/")
+            params, meta = checkpoint.load(folder, self.trainer.abstract.params, prefix="params/")
+            theirs, ours = meta.get("data", {}).get("tokenizer"), self.corpus.tokenizer.hash
+            if theirs is not None and theirs != ours:
+                raise ConfigError(
+                    f"init_from={self.config.init_from} was trained with another tokenizer ({theirs}, "
+                    f"here {ours}): its embeddings would stand for other tokens; use the same data.tokenizer"
+                )
             router_state, _ = checkpoint.load(folder, self.trainer.abstract.router_state, prefix="router_state/")
             state = dataclasses.replace(state, params=params, router_state=router_state)
         return state, None
@@ -144,10 +150,11 @@ class Run:
         data = train_iterator(self.corpus, batch_size=config.batch_size, seed=config.seed)
         if meta is not None:
             data.set_state(meta["data"])
-        peak, peak_source = metrics.peak_flops()
+        peak, peak_source = metrics.peak_flops(self.mesh.size)
         meter = Meter(3 * count.forward_flops_per_token(self.config.model, self.config.data.seq_len), peak)
         tokens_per_step = config.batch_size * self.config.data.seq_len
         reason, fresh, saved = "finished", True, step if meta is not None else -1
+        before = 0.0 if meta is None else float(meta.get("seconds", 0.0))  # of earlier calls
         with TrainProgress(config.steps, step, self.main) as progress, Interrupt() as interrupt:
             say = say or progress.note
             if step:
@@ -160,27 +167,29 @@ class Run:
                 if fresh:  # the first step compiles: keep it out of every rate
                     jax.block_until_ready(result.loss)
                     say(f"compiled and ran the first step in {time.monotonic() - begin:.1f} s")
-                    meter.restart()
+                    meter.leave_out()
                     fresh = False
                 progress.step(step)
                 if step % config.log_every == 0 or step == config.steps:
-                    self._log(meter, progress, step, tokens_per_step, time.monotonic() - begin)
+                    self._log(meter, progress, step, tokens_per_step, before + time.monotonic() - begin)
                 asked = interrupt.asked
                 out_of_time = bool(max_seconds) and time.monotonic() - begin > max_seconds
                 stop = asked or out_of_time
                 last = step == config.steps
                 score = None
                 saving = last or stop or step % config.eval_every == 0 or step % config.checkpoint_every == 0
-                if saving:  # a checkpoint that follows a broken step would be taken for a good one
+                if saving:
+                    meter.pause()
+                    # a checkpoint that follows a broken step would be taken for a good one
                     self._require_finite(float(result.loss), float(result.grad_norm), step)
                 if last or step % config.eval_every == 0:
                     score = self.validate(state, step)
                     say(f"step {step}: validation {score:.4f} bits per byte")
-                    meter.restart()
                 if saving and step != saved:
-                    self._save(state, step, data.get_state(), score)
+                    self._save(state, step, data.get_state(), score, before + time.monotonic() - begin)
                     saved = step
-                    meter.restart()
+                if saving:
+                    meter.go_on()
                 if stop and not last:
                     reason = "interrupted" if asked else "time"
                     break
@@ -210,12 +219,15 @@ class Run:
         )
         raise FloatingPointError(
             f"loss is {loss} at step {step} (gradient norm {grad_norm}); {good}. Lower train.learning_rate or "
-            "lengthen train.warmup_steps, and start from it."
+            "lengthen train.warmup_steps in a new --workdir, from that step by --config.init_from."
         )
 
-    def _save(self, state: TrainState, step: int, data_state: dict[str, Any], score: float | None) -> None:
+    def _save(
+        self, state: TrainState, step: int, data_state: dict[str, Any], score: float | None, seconds: float
+    ) -> None:
         meta = {
             "step": step,
+            "seconds": seconds,
             "data": data_state,
             "config": to_dict(self.config),
             "config_hash": config_hash(self.config),

@@ -79,15 +79,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def peak_flops() -> tuple[float, str]:
-    """Peak matmul FLOP/s of all local devices, and where the figure is from.
+def peak_flops(devices: int) -> tuple[float, str]:
+    """Peak matmul FLOP/s of ``devices`` devices like the first one, and where the figure is from.
 
     Known accelerators: the data sheet's dense bf16 peak. Others: one float32 matmul measured now (well under a second).
     """
     device = jax.devices()[0]
     for name, peak in PEAK_BF16_FLOPS.items():
         if name.lower() in device.device_kind.lower():
-            return peak * jax.device_count(), f"data sheet, {name} bf16 dense"
+            return peak * devices, f"data sheet, {name} bf16 dense"
     size = 1024
     a = jax.random.normal(jax.random.key(0), (size, size))
     product = jax.jit(lambda a: a @ a)
@@ -97,7 +97,8 @@ def peak_flops() -> tuple[float, str]:
         start = time.perf_counter()
         product(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best, f"measured float32 matmul {size}^3"
+    share = 1 if device.platform == "cpu" else devices  # CPU devices are one host's cores, all of them measured
+    return share * 2.0 * size**3 / best, f"measured float32 matmul {size}^3"
 
 
 def tree_sum(a: MoEMetrics | None, b: MoEMetrics | None) -> MoEMetrics | None:

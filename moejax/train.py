@@ -340,23 +340,38 @@ class Meter:
     def __init__(self, flops_per_token: float, peak: float) -> None:
         self.flops_per_token, self.peak = flops_per_token, peak
         self._pending: list[StepMetrics] = []
-        self._since = time.perf_counter()
+        self._untimed = 0
+        self._seconds = 0.0
+        self._since: float | None = time.perf_counter()
 
     def add(self, metrics: StepMetrics) -> None:
         self._pending.append(metrics)
 
-    def restart(self) -> None:
-        """Leaves what came before (compilation, validation) out of the next rate."""
+    def leave_out(self) -> None:
+        """The steps since the last row count in no rate: the first one compiled."""
+        self._untimed, self._seconds, self._since = len(self._pending), 0.0, time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock, for validation and saving, once the steps so far are done on the device."""
+        if self._since is None:
+            return
+        if self._pending:
+            jax.block_until_ready(self._pending[-1].loss)
+        self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def go_on(self) -> None:
+        """Starts the clock again."""
         self._since = time.perf_counter()
 
     def row(self) -> dict[str, Any]:
         """Means since the last row; waits for the device."""
+        self.pause()
         steps = jax.device_get([dataclasses.replace(m, moe=None) for m in self._pending])
         last = jax.device_get(self._pending[-1].moe)
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        tokens = sum(float(m.tokens) for m in steps)
         text_bytes = max(sum(float(m.text_bytes) for m in steps), 1.0)
-        rate = tokens / seconds
+        timed = sum(float(m.tokens) for m in steps[self._untimed :])
+        rate = timed / self._seconds if timed else 0.0
         row: dict[str, Any] = {
             "loss": float(np.mean([m.loss for m in steps])),
             "ce": float(np.mean([m.ce for m in steps])),
@@ -371,6 +386,6 @@ class Meter:
             row["load_max_over_mean"] = float((routed.max(axis=1) / np.maximum(routed.mean(axis=1), 1e-9)).max())
             row["dropped_share"] = float(last.dropped.sum() / max(routed.sum(), 1.0))
             row["overflow"] = float(last.overflow.sum())
-        self._pending = []
-        self.restart()
+        self._pending, self._untimed, self._seconds = [], 0, 0.0
+        self.go_on()
         return row

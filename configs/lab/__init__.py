@@ -33,7 +33,6 @@ def make(name: str, variant: str) -> ConfigDict:
         config.train.eval_every = 200
         config.train.checkpoint_every = 200
         config.eval.max_tokens = 16 * 128 * 4
-        config.eval.final_max_tokens = 16 * 128 * 16
         return config
     config.model.num_layers = 8
     config.model.dim = 256

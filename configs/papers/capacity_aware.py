@@ -72,7 +72,6 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.train.checkpoint_every = 150
     config.eval.batch_size = 24
     config.eval.max_tokens = 24 * 128 * 4
-    config.eval.final_max_tokens = 24 * 128 * 10
     config.eval.tasks = ("builtin",)
     config.eval.task_limit = 100
     config.table.batch_size = 12

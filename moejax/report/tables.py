@@ -134,7 +134,12 @@ def metric_table(rows: Sequence[ResultRow]) -> Table:
         ]
         for row in rows
     ]
-    return Table(["metric", "ours", "unit", "byte 6-gram", "seeds"], cells, f"{rows[0].row}, best checkpoint.", False)
+    caps = {int(row.extra["ngram_max_train_bytes"]) for row in rows if row.extra.get("ngram_max_train_bytes")}
+    caption = f"{rows[0].row}, best checkpoint."
+    caption += "".join(
+        f" The n-gram was fitted on the first {cap / 1e6:g} MB of each domain's train text." for cap in caps
+    )
+    return Table(["metric", "ours", "unit", "byte 6-gram", "seeds"], cells, caption, False)
 
 
 def value_table(rows: Sequence[ResultRow], folded: bool = False) -> Table:
