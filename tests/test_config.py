@@ -53,6 +53,8 @@ def test_hash_is_of_the_values():
     assert config_hash(config) == config_hash(from_mapping(ExperimentConfig, to_dict(config)))
     assert re.fullmatch(r"[0-9a-f]{12}", config_hash(config))
     assert config_hash(dataclasses.replace(config, train=TrainConfig(steps=101))) != config_hash(config)
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, root="elsewhere", cache_dir="here"))
+    assert config_hash(elsewhere) == config_hash(config)
 
 
 def test_a_whole_number_is_a_float_and_not_the_reverse():

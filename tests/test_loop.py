@@ -138,6 +138,16 @@ def test_init_from_takes_parameters_only(make: Callable[..., Run], finished: Run
     run.close()
 
 
+def test_init_from_refuses_another_tokenizer(
+    make: Callable[..., Run], finished: Run, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = make(tmp_path, init_from=str(finished.workdir))
+    monkeypatch.setattr(corpus.tokenizer, "hash", "0123456789abcdef")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        run.start()
+    run.close()
+
+
 def test_what_a_run_must_not_go_on_with(
     make: Callable[..., Run], finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -306,6 +306,24 @@ def test_meter_means_and_rates(plain: Trainer, three_steps: tuple, monkeypatch: 
     assert set(row["aux"]) == {"balance", "z"}
 
 
+def test_meter_leaves_compilation_and_pauses_out(three_steps: tuple, monkeypatch: pytest.MonkeyPatch):
+    # made at 0; first step compiled by 50; steps until 53; validation until 90; steps until 92
+    clock = iter([0.0, 50.0, 53.0, 90.0, 92.0, 92.0])
+    monkeypatch.setattr("moejax.train.time.perf_counter", lambda: next(clock))
+    meter = Meter(flops_per_token=5.0, peak=1000.0)
+    first, second, third = three_steps[1]
+    meter.add(first)
+    meter.leave_out()
+    meter.add(second)
+    meter.pause()
+    meter.pause()  # a second pause (validation, then a save) counts nothing twice
+    meter.go_on()
+    meter.add(third)
+    row = meter.row()
+    assert row["tokens_per_s"] == pytest.approx((float(second.tokens) + float(third.tokens)) / 5.0)
+    assert row["loss"] == pytest.approx(np.mean([float(m.loss) for m in three_steps[1]]))
+
+
 def test_interrupt_asks_once_and_ends_at_the_second():
     old = signal.getsignal(signal.SIGTERM)
     with Interrupt() as interrupt:
