@@ -34,13 +34,12 @@ class TrainProgress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("train", total=self.total, completed=self.start, text="compiling")
+            self._task = self._bar.add_task("train", total=self.total, completed=self.start)
             self._bar.start()
         return self
 
@@ -71,8 +70,8 @@ class TrainProgress:
             parts.append(f"load max/mean {row['load_max_over_mean']:.2f}")
             parts.append(f"dropped {100 * row['dropped_share']:.2f}%")
         text = "  ".join(parts)
-        if self._bar is not None:
-            self._bar.update(self._task, text=text)
+        if self._bar is not None:  # a line above the bar, which shows the time left itself
+            self.note(f"step {row['step']}/{self.total}  {text}")
             return
         done = row["step"] - self.start
         left = (time.monotonic() - self._begin) / max(done, 1) * (self.total - row["step"])
