@@ -23,7 +23,6 @@ from experiments.training_rows import training_rows
 from moejax import checkpoint, count, metrics, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash
 from moejax.data import Corpus, eval_batches, load_corpus
-from moejax.dispatch import TOKEN_AXES
 from moejax.evaluate import bits_per_byte, evaluate_tasks, prepare
 from moejax.loop import Run, resolve_vocab
 from moejax.ngram import ngram_baseline
@@ -161,9 +160,7 @@ def run_command(
     seeds = config.table.seeds or (config.train.seed,)
     config = session.with_seed(config, seeds[0])  # the workdir's own run; the others lie under seeds/
     mesh = sharding.make_mesh(config.mesh)
-    shards = 1
-    for axis in TOKEN_AXES:
-        shards *= mesh.shape[axis]
+    shards = sharding.token_shards(mesh)
     validate.check_devices(config, shards)
     table = importlib.import_module(f"experiments.papers.{config.table.name}") if config.table.name else None
     if table is not None:

@@ -15,7 +15,6 @@ Dispatch and combine are transposes of one another, so each has a custom_vjp who
 Letters: T tokens, D model, R routing rows, K choices per row, P rows for the experts, E experts.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from moejax import sharding
+from moejax.routing import count_by_expert
 from moejax.sharding import TOKEN_AXES
 from moejax.types import DispatchPlan, Routing, SoftRouting
 
@@ -78,11 +79,6 @@ def dense_plan(routing: Routing, num_tokens: int) -> DispatchPlan:
 
 
 PLANS: dict[str, Callable[[Routing, int], DispatchPlan]] = {"local": local_plan, "dense": dense_plan}
-
-
-def count_by_expert(expert: Int[Array, "P"], num_experts: int) -> Int[Array, "E"]:
-    """Occurrences of each id in ``[0, E)``, as a fused compare-and-sum: no scatter, so deterministic."""
-    return jnp.sum(expert[:, None] == jnp.arange(num_experts, dtype=expert.dtype), axis=0, dtype=jnp.int32)
 
 
 # --- execution ------------------------------------------------------------------------------------
@@ -176,9 +172,7 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 def token_shards() -> int:
     """Devices over which tokens are spread in the mesh in force (1 without a mesh)."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1
-    return int(functools.reduce(lambda a, b: a * b, (mesh.shape[a] for a in TOKEN_AXES if a in mesh.axis_names), 1))
+    return 1 if mesh.empty else sharding.token_shards(mesh)
 
 
 def per_shard(fn: Callable[..., Any], sharded: tuple, replicated: Any) -> Any:

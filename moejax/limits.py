@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config import ConfigError
+from moejax.routing import count_by_expert
 from moejax.types import RouteContext, Routing, pytree, static
 
 DropOrder = Literal["score", "order", "reverse", "random"]
@@ -29,8 +30,9 @@ def rank_in_expert(routing: Routing, priority: Float[Array, "R K"]) -> Int[Array
     pair = jnp.arange(expert.size, dtype=jnp.int32)
     # Sorted by expert, then priority, then pair; rank = place in the sorted list - start of the expert's run.
     sorted_expert, _, order = jax.lax.sort((expert, -priority.reshape(-1), pair), num_keys=2, is_stable=True)
-    count = jnp.sum(expert[:, None] == jnp.arange(num_experts, dtype=expert.dtype), axis=0, dtype=jnp.int32)
-    start = jnp.append(0, jnp.cumsum(count))  # of each expert's run, and of the invalid pairs' run
+    start = jnp.append(
+        0, jnp.cumsum(count_by_expert(expert, num_experts))
+    )  # of each expert's run, and of the invalid pairs' run
     rank = pair - start[sorted_expert]
     return jnp.zeros_like(pair).at[order].set(rank, unique_indices=True).reshape(routing.expert.shape)
 

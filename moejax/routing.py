@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ConfigError, RouterConfig
 from moejax.sharding import ArraySpec
@@ -141,6 +141,11 @@ def _table(
         logits=logits,
         **more,
     )
+
+
+def count_by_expert(expert: Int[Array, "P"], num_experts: int) -> Int[Array, "E"]:
+    """Occurrences of each id in ``[0, E)``, as a fused compare-and-sum: no scatter, so deterministic."""
+    return jnp.sum(expert[:, None] == jnp.arange(num_experts, dtype=expert.dtype), axis=0, dtype=jnp.int32)
 
 
 # --- families -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
@@ -137,6 +137,11 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(one, tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def token_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Devices over which a batch is split: the product of the mesh's token axes."""
+    return math.prod(mesh.shape[axis] for axis in TOKEN_AXES if axis in mesh.axis_names)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -19,6 +19,7 @@ from moejax.limits import token_drop
 from moejax.loop import Run
 from moejax.metrics import load_summary
 from moejax.results import ResultRow, append_rows, read_rows
+from moejax.sharding import token_shards
 from moejax.train import TrainState
 from moejax.validate import has_experts
 from moejax.verdicts import Arm, Contrast, SeedDifferences, judge
@@ -102,7 +103,7 @@ def make_table(
         first = next(iter(measured[name].values()))
         say(f"  {name:24s} {np.mean([m.mean for m in measured[name].values()]):.4f} bits per byte   "
             f"dropped {first.dropped:6.2%}   load over all text, max/mean {first.busiest:.2f}")  # fmt: skip
-    shards = next(iter(runs.values())).mesh.size  # a limit acts on each device's own tokens
+    shards = token_shards(next(iter(runs.values())).mesh)  # a limit acts on each device's own tokens
     judgements = judge(claims, {name: _arm(by_seed) for name, by_seed in measured.items()})
     shared: dict[str, Any] = {
         "paper": PAPER, "table": TABLE, "scale": config.scale, "config": config.name, "config_hash": hashed,
