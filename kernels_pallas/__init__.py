@@ -7,10 +7,12 @@ and obvious, the oracle), one file for each back end, `specs.py` (shapes shared 
 
 from kernels_pallas.dispatch import Backend, BackendRefused, Explanation, Implementation, Operation
 from kernels_pallas.grouped_matmul import GROUPED_FFN, GROUPED_MATMUL, grouped_ffn, grouped_matmul
+from kernels_pallas.moe_ffn import MOE_FFN, moe_ffn
 
 __all__ = [
     "GROUPED_FFN",
     "GROUPED_MATMUL",
+    "MOE_FFN",
     "Backend",
     "BackendRefused",
     "Explanation",
@@ -18,4 +20,5 @@ __all__ = [
     "Operation",
     "grouped_ffn",
     "grouped_matmul",
+    "moe_ffn",
 ]

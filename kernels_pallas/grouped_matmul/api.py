@@ -4,32 +4,50 @@ Back ends (see each file for what it costs):
 
 | name | what | order |
 |---|---|---|
+| `mosaic_gpu` | Pallas kernels for Hopper, bfloat16 | first on GPU |
+| `mosaic_tpu` | Pallas kernels for TPU, bfloat16 and float32 | first on TPU |
 | `cpu_tiled` | loop over experts and tiles of their rows | first on CPU |
 | `padded` | C rows of every expert in one batched matmul, repeated until the largest group is done | next |
 | `ref` | every expert on every row: the oracle | last |
 | `lax` | `jax.lax.ragged_dot` | by name only |
+| `tokamax` | `tokamax.ragged_dot`, an optional package | by name only |
 
-Letters: P rows (token-expert pairs) sorted by expert, E experts, K x N one expert's matrix, D model,
+Letters: P rows (token-expert pairs) sorted by expert, E experts, G groups, K x N one expert's matrix, D model,
 F expert hidden.
+
+A back end runs and refuses with the signatures
+`(lhs, rhs, group_sizes, *, transpose_rhs, extents, extent_axis, preferred_element_type)` and
+`(xs, group_sizes, weights, activation, *, extents, row_weights)`; `refuse` takes them with defaults, as `explain` may
+leave the keywords out. Without extents it always gets one group for each expert.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import Backend, Implementation, Operation
-from kernels_pallas.grouped_matmul import cpu_tiled, lax_ragged, padded, ref
+from kernels_pallas.grouped_matmul import cpu_tiled, groups, lax_ragged, mosaic_tpu, padded, ref, tokamax_backend
 from kernels_pallas.grouped_matmul.ffn import ACTIVATIONS, GATED, Activation, Weights
+from kernels_pallas.grouped_matmul.groups import EXTENT_AXES, ExtentAxis
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend as mosaic_gpu
 
-_ORDER = {"cpu": ("cpu_tiled", "ref"), "*": ("padded", "ref")}
+_ORDER = {
+    "cpu": ("cpu_tiled", "ref"),
+    "gpu": ("mosaic_gpu", "padded", "ref"),
+    "tpu": ("mosaic_tpu", "padded", "ref"),
+    "*": ("padded", "ref"),
+}
 
 
 GROUPED_MATMUL = Operation(
     "grouped_matmul",
     {
+        "mosaic_gpu": Backend("mosaic_gpu", mosaic_gpu.KERNELS.grouped_matmul, mosaic_gpu.refuse_matmul),
         "cpu_tiled": Backend("cpu_tiled", cpu_tiled.grouped_matmul),
         "padded": Backend("padded", padded.grouped_matmul),
         "ref": Backend("ref", ref.grouped_matmul),
+        "mosaic_tpu": Backend("mosaic_tpu", mosaic_tpu.grouped_matmul, mosaic_tpu.refuse),
         "lax": Backend("lax", lax_ragged.grouped_matmul, lax_ragged.refuse),
+        "tokamax": Backend("tokamax", tokamax_backend.grouped_matmul, tokamax_backend.refuse),
     },
     _ORDER,
 )
@@ -37,10 +55,13 @@ GROUPED_MATMUL = Operation(
 GROUPED_FFN = Operation(
     "grouped_ffn",
     {
+        "mosaic_gpu": Backend("mosaic_gpu", mosaic_gpu.KERNELS.grouped_ffn, mosaic_gpu.refuse_ffn),
         "cpu_tiled": Backend("cpu_tiled", cpu_tiled.grouped_ffn),
         "padded": Backend("padded", padded.grouped_ffn),
         "ref": Backend("ref", ref.grouped_ffn),
+        "mosaic_tpu": Backend("mosaic_tpu", mosaic_tpu.grouped_ffn, mosaic_tpu.refuse),
         "lax": Backend("lax", lax_ragged.grouped_ffn, lax_ragged.refuse),
+        "tokamax": Backend("tokamax", tokamax_backend.grouped_ffn, tokamax_backend.refuse),
     },
     _ORDER,
 )
@@ -49,13 +70,18 @@ GROUPED_FFN = Operation(
 def grouped_matmul(
     lhs: Float[Array, "P K"],
     rhs: Float[Array, "E K N"] | Float[Array, "E N K"],
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, "G"],
     *,
     transpose_rhs: bool = False,
+    extents: Int[Array, "G"] | None = None,
+    extent_axis: ExtentAxis = "n",
     implementation: Implementation = None,
     preferred_element_type: jnp.dtype | None = None,
 ) -> Float[Array, "P N"]:
-    """out[p] = lhs[p] @ rhs[e] for every row p of group e; group e follows group e - 1, from row 0 on.
+    """out[p] = lhs[p] @ rhs[e] for every row p of expert e's groups; group g follows group g - 1, from row 0 on.
+
+    G is a multiple of E, group g is of expert g // (G // E): usually one group for each expert, or two where only
+    some of an expert's columns are wanted for some of its rows.
 
     Differentiable in lhs and rhs (reverse mode, once; `ref` any number of times). Sums are float32. Any
     group may be empty. Rows beyond `sum(group_sizes)` are unspecified, in the result and in the gradient of
@@ -63,15 +89,21 @@ def grouped_matmul(
 
     Args:
         lhs: rows sorted by group.
-        rhs: one matrix for each group, `[E, N, K]` if `transpose_rhs`.
+        rhs: one matrix for each expert, `[E, N, K]` if `transpose_rhs`.
         group_sizes: integers >= 0 with a sum of at most P, on the device; other values never recompile. A sum
             above P, unchecked as it is known on the device only, acts as if groups were cut off at row P.
         transpose_rhs: multiply by the transpose of each matrix.
+        extents: how many leading columns take part in each group's rows, rounded up to a multiple of
+            `groups.EXTENT_BLOCK` and capped at the size of the axis; 0 is allowed, None is all. From one group of an
+            expert to its next they must not increase (unchecked, as they are known on the device only).
+        extent_axis: which columns. "n": those of the result. Beyond the extent it is unspecified and may be NaN,
+            cotangents are ignored, and nothing is added to the gradient of rhs. "k": those of lhs. Beyond the extent
+            they are ignored and may be NaN, their gradient is unspecified, and nothing is added to that of rhs.
         implementation: None (the platform's order), a back end's name, or names to try in order.
         preferred_element_type: dtype of the result; that of lhs by default.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown implementation.
+        ValueError: shapes or dtypes that do not fit, an unknown extent_axis or implementation.
         BackendRefused: no allowed back end can run; a back end chosen by name is never replaced by another.
 
     It does not sort, gather or drop rows.
@@ -85,16 +117,25 @@ def grouped_matmul(
             f"transpose_rhs={transpose_rhs}: pass the other transpose_rhs or other weights"
         )
     _check_dtype("lhs", lhs, rhs=rhs)
-    _check_group_sizes(group_sizes, rhs.shape[0])
+    _check_groups(group_sizes, extents, rhs.shape[0])
+    if extent_axis not in EXTENT_AXES:
+        raise ValueError(f"extent_axis={extent_axis!r} must be one of {EXTENT_AXES}: the axis that extents limit")
     if lhs.shape[0] == 0:
         return jnp.zeros((0, n), preferred_element_type or lhs.dtype)
-    options = {"transpose_rhs": transpose_rhs, "preferred_element_type": preferred_element_type}
+    if extents is None:
+        group_sizes = groups.per_expert(group_sizes, rhs.shape[0])
+    options = {
+        "transpose_rhs": transpose_rhs,
+        "extents": extents,
+        "extent_axis": extent_axis,
+        "preferred_element_type": preferred_element_type,
+    }
     return GROUPED_MATMUL.select(implementation, lhs, rhs, group_sizes, **options).run(lhs, rhs, group_sizes, **options)
 
 
 def grouped_ffn(
     xs: Float[Array, "P D"],
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, "G"],
     gate: Float[Array, "E D F"] | None,
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
@@ -103,17 +144,25 @@ def grouped_ffn(
     gate_bias: Float[Array, "E F"] | None = None,
     up_bias: Float[Array, "E F"] | None = None,
     down_bias: Float[Array, "E D"] | None = None,
+    extents: Int[Array, "G"] | None = None,
+    row_weights: Float[Array, "P"] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "P D"]:
-    """The FFN of each row's expert, in one call: ys[p] = h @ down[e] + down_bias[e], with for x = xs[p]
+    """The FFN of each row's expert: ys[p] = row_weights[p] * (h @ down[e] + down_bias[e]), with for x = xs[p]
 
     - `swiglu`: h = silu(x @ gate[e] + gate_bias[e]) * (x @ up[e] + up_bias[e]),
     - `geglu`: the same with gelu in the place of silu (Shazeer 2020, "GLU variants improve transformer"),
     - `gelu`, `relu`: h = act(x @ up[e] + up_bias[e]), gate None.
 
-    gelu is the tanh approximation, the default of `jax.nn.gelu`. Differentiable in xs, weights and biases
-    (reverse mode, once). Sums and activations are float32; h and what the backward keeps are in the dtype
-    of xs. Tail rows, empty groups, `group_sizes` and `implementation` as in `grouped_matmul`.
+    gelu is the tanh approximation, the default of `jax.nn.gelu`. Differentiable in xs, weights, biases and
+    row_weights (reverse mode, once). Sums and activations are float32; h and what the backward keeps are in the
+    dtype of xs. Groups, tail rows and `implementation` as in `grouped_matmul`.
+
+    Args:
+        extents: how many leading columns of F take part in each group's rows: the others act as h = 0, and get
+            nothing added to the gradients of their weights and biases. Rounding and order as in `grouped_matmul`;
+            with 0, ys = row_weights * down_bias. None is all.
+        row_weights: float32 or the dtype of xs; None is 1. Its gradient in the tail is unspecified.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, gate missing or superfluous, an unknown activation or
@@ -121,15 +170,18 @@ def grouped_ffn(
         BackendRefused: no allowed back end can run.
     """
     weights = Weights(gate, up, down, gate_bias, up_bias, down_bias)
-    _check_ffn(xs, group_sizes, weights, activation)
+    _check_ffn(xs, group_sizes, weights, activation, extents, row_weights)
     if xs.shape[0] == 0:
         return jnp.zeros(xs.shape, xs.dtype)
-    return GROUPED_FFN.select(implementation, xs, group_sizes, weights, activation).run(
-        xs, group_sizes, weights, activation
-    )
+    if extents is None:
+        group_sizes = groups.per_expert(group_sizes, up.shape[0])
+    args, options = (xs, group_sizes, weights, activation), {"extents": extents, "row_weights": row_weights}
+    return GROUPED_FFN.select(implementation, *args, **options).run(*args, **options)
 
 
-def _check_ffn(xs: Array, group_sizes: Array, w: Weights, activation: str) -> None:
+def _check_ffn(
+    xs: Array, group_sizes: Array, w: Weights, activation: str, extents: Array | None, row_weights: Array | None
+) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} must be one of {ACTIVATIONS}")
     if (w.gate is not None) != (activation in GATED):
@@ -155,7 +207,14 @@ def _check_ffn(xs: Array, group_sizes: Array, w: Weights, activation: str) -> No
                 f"{name}.shape={value.shape} must be {expected[name]} with xs.shape={xs.shape}, up.shape={w.up.shape}"
             )
     _check_dtype("xs", xs, **given)
-    _check_group_sizes(group_sizes, e)
+    _check_groups(group_sizes, extents, e)
+    if row_weights is not None and (
+        row_weights.shape != xs.shape[:1] or row_weights.dtype not in (jnp.float32, xs.dtype)
+    ):
+        raise ValueError(
+            f"row_weights has shape {row_weights.shape} and dtype {row_weights.dtype}: it must hold one float32 or "
+            f"{xs.dtype} for each of the {xs.shape[0]} rows of xs"
+        )
 
 
 def _check_dtype(name: str, rows: Array, **others: Array) -> None:
@@ -166,9 +225,16 @@ def _check_dtype(name: str, rows: Array, **others: Array) -> None:
             raise ValueError(f"{other}.dtype={value.dtype} must equal {name}.dtype={rows.dtype}: cast one of them")
 
 
-def _check_group_sizes(group_sizes: Array, experts: int) -> None:
-    if experts == 0 or group_sizes.shape != (experts,) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+def _check_groups(group_sizes: Array, extents: Array | None, experts: int) -> None:
+    shape = group_sizes.shape
+    fits = experts > 0 and len(shape) == 1 and shape[0] > 0 and shape[0] % experts == 0
+    if not fits or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(
-            f"group_sizes has shape {group_sizes.shape} and dtype {group_sizes.dtype}: it must hold one "
-            f"integer for each of the {experts} (at least one) experts"
+            f"group_sizes has shape {shape} and dtype {group_sizes.dtype}: it must hold one integer for each of "
+            f"the {experts} (at least one) experts, or a multiple of that if an expert has several groups"
+        )
+    if extents is not None and (extents.shape != shape or not jnp.issubdtype(extents.dtype, jnp.integer)):
+        raise ValueError(
+            f"extents has shape {extents.shape} and dtype {extents.dtype}: it must hold one integer for each of "
+            f"the {shape[0]} groups in group_sizes, or be None for all columns"
         )

@@ -1,214 +1,93 @@
-"""Times the expert FFN, forward and backward, beside a batched einsum of the same FLOPs in the same run.
+"""Times grouped matmuls side by side with what else a user could take, in one run.
 
-    python -m kernels_pallas.grouped_matmul.bench [--shape NAME ...] [--implementation NAME ...]
-        [--dtype float32|bfloat16] [--alpha A] [--repeats N] [--output FILE.jsonl]
+    python -m kernels_pallas.grouped_matmul.bench [--operation forward dlhs drhs decode major] [--shape NAME ...]
+        [--projection up down] [--alpha A ...] [--rows N ...] [--implementation NAME ...] [--layout EKN ENK]
+        [--families NAME ...] [--seconds S] [--minutes M] [--repeats N] [--dtype bfloat16] [--output FILE.jsonl]
+    python -m kernels_pallas.grouped_matmul.bench --operation ffn [--shape NAME ...]
+    python -m kernels_pallas.grouped_matmul.bench --summary FILE.jsonl
 
-Each back end is first checked, values and gradients, against one einsum over groups padded on the host
-(float32). Then every timed function runs once per round, in turn, so that load on the machine falls on all
-of them alike. Groups are drawn from Dirichlet(alpha). A back end that refuses is listed with its reason,
-and not replaced.
+`ffn`, the default on a CPU, times the whole expert FFN beside a batched einsum (`ffn_bench.py`). The other operations
+time one grouped matmul: families and their order are in `kernels_pallas.rivals.families`. Every implementation is
+checked against float32 before it is timed; one that is wrong, refuses or crashes gives a row with "error" and no
+time. Groups are drawn from Dirichlet(alpha): 5 is mild, 0.5 harsh. `decode` counts bytes that must move, the
+others floating-point operations of valid rows. `major` gives every group the leading half of F.
 """
 
 import argparse
-import dataclasses
-import functools
-import json
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
-from kernels_pallas.grouped_matmul import GROUPED_FFN, grouped_ffn, specs
-from kernels_pallas.grouped_matmul.ffn import Hidden, Weights, activate
+from kernels_pallas.grouped_matmul import ffn_bench, specs
+from kernels_pallas.rivals import case as cases
+from kernels_pallas.rivals import command
+from kernels_pallas.rivals import rows as results
+from kernels_pallas.rivals.case import Case, Settings
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
-
-
-@dataclasses.dataclass
-class Timed:
-    """A compiled function, its temporaries in bytes, and seconds of each run."""
-
-    run: Callable[[], Any]
-    temporaries: int
-    seconds: list[float] = dataclasses.field(default_factory=list)
+DECODE_ROWS = (8, 512, 2048)
 
 
-def forward_backward(ffn: Callable[..., Array]) -> Callable[..., Any]:
-    """(xs, weights, dy, *others of ffn) -> (ys, (dxs, dweights))."""
-
-    def run(xs: Array, weights: Weights, dy: Array, *others: Array) -> Any:
-        ys, pull = jax.vjp(lambda xs, weights: ffn(xs, weights, *others), xs, weights)
-        return ys, pull(dy)
-
-    return run
-
-
-def einsum_ffn(xs: Float[Array, "E C D"], w: Weights) -> Float[Array, "E C D"]:
-    """SwiGLU FFN of equal groups as batched matmuls: the bound in dtype of xs, the oracle in float32."""
-    precision = jax.lax.Precision.HIGHEST if xs.dtype == jnp.float32 else None
-    einsum = functools.partial(jnp.einsum, precision=precision)
-    hidden = Hidden(einsum("ecd,edf->ecf", xs, w.gate), einsum("ecd,edf->ecf", xs, w.up))
-    return einsum("ecf,efd->ecd", activate("swiglu", hidden), w.down)
-
-
-def inputs(shape: specs.Shape, dtype: jnp.dtype) -> tuple[Array, Weights, Array]:
-    """Random normal rows, weights of variance 1 / fan-in, and a cotangent."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    e, d, f, p = shape.experts, shape.d_model, shape.d_expert, shape.rows
-
-    def normal(key: Array, dims: tuple[int, ...], scale: float) -> Array:
-        return (jax.random.normal(key, dims, jnp.float32) * scale).astype(dtype)
-
-    weights = Weights(
-        normal(keys[0], (e, d, f), d**-0.5),
-        normal(keys[1], (e, d, f), d**-0.5),
-        normal(keys[2], (e, f, d), f**-0.5),
-    )
-    return normal(keys[3], (p, d), 1.0), weights, normal(keys[4], (p, d), 1.0)
+def grouped_cases(
+    operations: list[str], shapes: list[str], projections: list[str], alphas: list[float], rows: list[int], dtype: str
+) -> Iterator[Case]:
+    """Every combination; `rows` replaces the rows of decode shapes only (others are of one training step)."""
+    for name in shapes:
+        shape = specs.SHAPES[name]
+        few = name.endswith("_decode")
+        for operation in operations:
+            if (operation == "decode") != few and shape.kind != "test":
+                continue
+            for count in (rows or DECODE_ROWS) if few else [shape.rows]:
+                for alpha in alphas:
+                    sizes = tuple(int(n) for n in specs.dirichlet(shape.experts, count, alpha))
+                    for projection in projections:
+                        yield Case(
+                            operation, projection, name, shape.experts, shape.d_model, shape.d_expert, count, alpha,
+                            dtype, sizes,
+                        )  # fmt: skip
 
 
-def oracle(xs: Array, weights: Weights, dy: Array, sizes: np.ndarray) -> list[np.ndarray]:
-    """(ys, dxs, *dweights) in float32: groups padded to the largest on the host, one einsum, autodiff."""
-    ends = np.cumsum(sizes)
-    place = np.concatenate([e * sizes.max() + np.arange(n) for e, n in enumerate(sizes)])
-
-    def padded(rows: Array) -> Array:
-        out = np.zeros((len(sizes) * sizes.max(), rows.shape[1]), np.float32)
-        out[place] = np.asarray(rows[: ends[-1]], np.float32)
-        return jnp.asarray(out.reshape(len(sizes), sizes.max(), -1))
-
-    wide = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
-    ys, (dxs, dw) = jax.jit(forward_backward(einsum_ffn))(padded(xs), wide, padded(dy))
-    rows = [np.asarray(a).reshape(-1, xs.shape[1])[place] for a in (ys, dxs)]
-    return rows + [np.asarray(d) for d in jax.tree.leaves(dw)]
-
-
-def largest_error(result: Any, expected: list[np.ndarray]) -> float:
-    """Largest relative norm of the error over output and gradients."""
-    errors = []
-    for a, b in zip(jax.tree.leaves(result), expected, strict=True):
-        difference = np.asarray(a, np.float32)[: len(b)] - b
-        errors.append(float(np.linalg.norm(difference) / np.linalg.norm(b)))
-    return max(errors)
-
-
-def compiled(function: Callable[..., Any], *args: Any) -> Timed:
-    """Compiles and warms up."""
-    executable = jax.jit(function).lower(*args).compile()
-    analysis = executable.memory_analysis()
-    timed = Timed(lambda: jax.block_until_ready(executable(*args)), getattr(analysis, "temp_size_in_bytes", -1))
-    timed.run()
-    return timed
-
-
-def measure(
-    shape: specs.Shape, implementations: list[str], dtype: str, alpha: float, repeats: int
-) -> list[dict[str, Any]]:
-    """One result for each implementation and pass: times, ratio to the einsum bound, temporaries, error."""
-    xs, weights, dy = inputs(shape, jnp.dtype(dtype))
-    sizes = specs.dirichlet(shape.experts, shape.rows, alpha)
-    group_sizes = jnp.asarray(sizes)
-    expected = oracle(xs, weights, dy, sizes)
-
-    each = shape.rows // shape.experts
-    equal = [a[: each * shape.experts].reshape(shape.experts, each, -1) for a in (xs, dy)]
-    cases: dict[tuple[str, str], Timed] = {
-        ("einsum bound", "forward"): compiled(einsum_ffn, equal[0], weights),
-        ("einsum bound", "forward+backward"): compiled(forward_backward(einsum_ffn), equal[0], weights, equal[1]),
-    }
-    errors: dict[str, float] = {}
-    for name in implementations:
-        refusals = GROUPED_FFN.explain(xs, group_sizes, weights, "swiglu", implementation=name).refusals
-        if name in refusals:
-            print(f"{shape.name}: {name} refuses: {refusals[name]}")
-            continue
-
-        # An argument, not a constant, as in a model: the compiler must not know the loops' trip counts.
-        def ffn(xs: Array, w: Weights, sizes: Array, name: str = name) -> Array:
-            return grouped_ffn(xs, sizes, *w[:3], activation="swiglu", implementation=name)
-
-        both = compiled(forward_backward(ffn), xs, weights, dy, group_sizes)
-        errors[name] = largest_error(both.run(), expected)
-        if not errors[name] < TOLERANCE[dtype]:
-            raise AssertionError(f"{name}: relative error {errors[name]:.1e} is not under {TOLERANCE[dtype]:.0e}")
-        cases[name, "forward"] = compiled(ffn, xs, weights, group_sizes)
-        cases[name, "forward+backward"] = both
-
-    for _ in range(repeats):
-        for timed in cases.values():
-            start = time.perf_counter()
-            timed.run()
-            timed.seconds.append(time.perf_counter() - start)
-
-    rows = []
-    for (name, which), timed in cases.items():
-        median = statistics.median(timed.seconds)
-        flops = shape.flops(backward="backward" in which)
-        rows.append(
-            {
-                "operation": "grouped_ffn",
-                "implementation": name,
-                "pass": which,
-                **dataclasses.asdict(shape),
-                "dtype": dtype,
-                "alpha": alpha,
-                "median_ms": 1e3 * median,
-                "min_ms": 1e3 * min(timed.seconds),
-                "max_ms": 1e3 * max(timed.seconds),
-                "repeats": repeats,
-                "ratio_to_bound": median / statistics.median(cases["einsum bound", which].seconds),
-                "tflops_per_s": flops / median / 1e12,
-                "temporary_bytes": timed.temporaries,
-                "relative_error": errors.get(name),
-                "device": jax.devices()[0].device_kind,
-                "jax": jax.__version__,
-            }
-        )
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as aligned text."""
-    head = f"{'shape':<17}{'implementation':<15}{'pass':<17}{'median':>9}{'min':>9}{'max':>9}"
-    lines = [head + f"{'x bound':>9}{'TFLOP/s':>9}{'temp MB':>9}{'error':>9}"]
-    for r in rows:
-        error = "-" if r["relative_error"] is None else f"{r['relative_error']:.0e}"
-        lines.append(
-            f"{r['name']:<17}{r['implementation']:<15}{r['pass']:<17}{r['median_ms']:>9.2f}{r['min_ms']:>9.2f}"
-            f"{r['max_ms']:>9.2f}{r['ratio_to_bound']:>9.2f}{r['tflops_per_s']:>9.2f}"
-            f"{r['temporary_bytes'] / 1e6:>9.0f}{error:>9}"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Parses the command line, prints the table (times in ms), appends rows to --output."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; defaults depend on the platform."""
+    command.shares_device()
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operation", nargs="+", choices=(*cases.OPERATIONS, "ffn"), help="default: ffn on a CPU")
     parser.add_argument("--shape", nargs="+", choices=list(specs.SHAPES), help="default: those of this platform")
-    parser.add_argument("--implementation", nargs="+", choices=list(GROUPED_FFN.backends), help="default: the order")
-    parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32" if on_cpu else "bfloat16")
-    parser.add_argument("--alpha", type=float, default=5.0, help="Dirichlet concentration; smaller is more skewed")
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--output", help="JSON lines, appended")
-    args = parser.parse_args()
-    names = args.shape or [s.name for s in specs.SHAPES.values() if s.kind == ("cpu" if on_cpu else "gpu")]
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, Dirichlet({args.alpha:g}), ms")
-    for name in names:
-        shape = specs.SHAPES[name]
-        # ref does E times the work: by name only.
-        default = [b for b in GROUPED_FFN.names(None, jax.default_backend()) if b != "ref"]
-        rows = measure(shape, args.implementation or default, args.dtype, args.alpha, args.repeats)
-        print(table(rows), flush=True)
-        if args.output:
-            with open(args.output, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+    parser.add_argument("--projection", nargs="+", choices=cases.PROJECTIONS, default=list(cases.PROJECTIONS))
+    parser.add_argument("--alpha", nargs="+", type=float, help="Dirichlet concentrations; default 5, and 0.5 on a GPU")
+    parser.add_argument("--rows", nargs="+", type=int, help=f"of decode shapes; default {DECODE_ROWS}")
+    parser.add_argument("--layout", nargs="+", choices=("EKN", "ENK"), default=["EKN"], help="of weights, ours")
+    parser.add_argument("--dtype", choices=list(cases.ITEMSIZE), default="float32" if on_cpu else "bfloat16")
+    command.add_flags(parser, "GROUPED")
+    args = parser.parse_args(argv)
+    args.operation = args.operation or (["ffn"] if on_cpu else list(cases.OPERATIONS))
+    args.alpha = args.alpha or ([5.0] if on_cpu else [5.0, 0.5])
+    kind = "cpu" if on_cpu else "gpu"
+    # small_experts is a shape of training runs here, not of a published model
+    args.shape = args.shape or [s.name for s in specs.SHAPES.values() if s.kind == kind and s.name != "small_experts"]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and runs; 1 if an implementation of ours gave an error."""
+    args = parse(argv)
+    if args.summary:
+        print(results.table(results.read(args.summary)))
+        return 0
+    if "ffn" in args.operation:
+        ffn_bench.run(args)
+    operations = [name for name in args.operation if name != "ffn"]
+    if not operations:
+        return 0
+    known = results.known_configurations(results.read(args.output) if args.output else [], jax.devices()[0].device_kind)
+    settings = Settings(
+        args.repeats or 20, args.target_ms, tuple(args.implementation), tuple(args.layout), args.tune, known
+    )
+    todo = grouped_cases(operations, args.shape, args.projection, args.alpha, args.rows, args.dtype)
+    return command.run(args, "GROUPED", todo, settings)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

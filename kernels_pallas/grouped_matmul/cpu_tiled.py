@@ -20,8 +20,8 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import ffn, groups
-from kernels_pallas.grouped_matmul.ffn import Activation, Hidden, Weights, accumulator, einsum
-from kernels_pallas.grouped_matmul.vjp import differentiable
+from kernels_pallas.grouped_matmul.ffn import Activation, Hidden, Rows, Weights, accumulator, einsum
+from kernels_pallas.grouped_matmul.vjp import by_cutting, differentiable
 
 MIN_TILE, MAX_TILE = 8, 256
 
@@ -100,78 +100,99 @@ def _outer(lhs: Array, grad: Array, group_sizes: Array, dtype: jnp.dtype) -> Arr
     return run(lhs, grad, group_sizes)
 
 
-grouped_matmul = differentiable(_product, _outer)
+grouped_matmul = differentiable(*by_cutting(_product, _outer))
 
 
-def _ffn_forward(activation: Activation, xs: Array, group_sizes: Array, weights: Weights) -> tuple[Array, Hidden]:
+def _ffn_forward(
+    activation: Activation, xs: Array, group_sizes: Array, weights: Weights, values: Rows
+) -> tuple[Array, Hidden]:
     @sequential_vmap
-    def run(xs: Array, group_sizes: Array, weights: Weights) -> tuple[Array, Hidden]:
+    def run(xs: Array, group_sizes: Array, weights: Weights, values: Rows) -> tuple[Array, Hidden]:
         rows, tile = xs.shape[0], tile_rows(xs.shape[0], weights.up.shape[0])
 
         def expert(out: tuple[Array, Hidden], args: tuple[Weights, Array, Array]) -> tuple:
             w, start, end = args
 
             def body(at: Array, fresh: Array, mine: Array, out: tuple[Array, Hidden]) -> tuple[Array, Hidden]:
-                new = ffn.forward(activation, _read(xs, at, tile), w)
+                x, v = jax.tree.map(lambda a: _read(a, at, tile), (xs, values))
+                new = ffn.forward(activation, x, w, v)
                 return jax.tree.map(lambda whole, part: _write(whole, part, at, fresh), out, new)
 
             return _loop(start, end, tile, rows, body, out), None
 
         def zeros(columns: int) -> Array:
-            return groups.zeros((rows, columns), xs.dtype, xs, weights.up, group_sizes)
+            return groups.zeros((rows, columns), xs.dtype, xs, weights.up, group_sizes, *values)
 
         hidden = weights.up.shape[2]
         saved = Hidden(None if weights.gate is None else zeros(hidden), zeros(hidden))
         out = (zeros(xs.shape[1]), saved)
         return lax.scan(expert, out, (weights, *groups.bounds(group_sizes, rows)))[0]
 
-    return run(xs, group_sizes, weights)
+    return run(xs, group_sizes, weights, values)
 
 
 def _ffn_backward(
-    activation: Activation, xs: Array, group_sizes: Array, weights: Weights, hidden: Hidden, dy: Array
-) -> tuple[Array, Weights]:
+    activation: Activation, xs: Array, group_sizes: Array, weights: Weights, values: Rows, hidden: Hidden, dy: Array
+) -> tuple[Array, Array | None, Weights]:
     @sequential_vmap
-    def run(xs: Array, group_sizes: Array, weights: Weights, hidden: Hidden, dy: Array) -> tuple[Array, Weights]:
+    def run(xs: Array, group_sizes: Array, weights: Weights, values: Rows, hidden: Hidden, dy: Array) -> tuple:
         rows, tile = xs.shape[0], tile_rows(xs.shape[0], weights.up.shape[0])
 
-        def expert(dx: Array, args: tuple[Weights, Array, Array]) -> tuple[Array, Weights]:
+        def expert(whole: tuple[Array, Array | None], args: tuple[Weights, Array, Array]) -> tuple:
             w, start, end = args
 
-            def body(at: Array, fresh: Array, mine: Array, carry: tuple[Array, Weights]) -> tuple[Array, Weights]:
-                dx, dw = carry
-                x, h, g = (jax.tree.map(lambda a: _read(a, at, tile, mine), a) for a in (xs, hidden, dy))
-                dx_tile, dw_tile = ffn.backward(activation, x, h, g, w)
-                return _write(dx, dx_tile, at, fresh), jax.tree.map(jnp.add, dw, dw_tile)
+            def body(at: Array, fresh: Array, mine: Array, carry: tuple) -> tuple:
+                whole, dw = carry
+                arrays = (xs, hidden, dy, values)
+                x, h, g, v = (jax.tree.map(lambda a: _read(a, at, tile, mine), a) for a in arrays)
+                dx, dw_tile, d_weight = ffn.backward(activation, x, h, g, w, v)
+                whole = jax.tree.map(lambda out, part: _write(out, part, at, fresh), whole, (dx, d_weight))
+                return whole, jax.tree.map(jnp.add, dw, dw_tile)
 
             wide = accumulator(xs.dtype)
-            dw = jax.tree.map(lambda a: groups.zeros(a.shape, wide, xs, a, dy, group_sizes), w)
-            dx, dw = _loop(start, end, tile, rows, body, (dx, dw))
-            return dx, jax.tree.map(lambda a, like: a.astype(like.dtype), dw, w)
+            dw = jax.tree.map(lambda a: groups.zeros(a.shape, wide, xs, a, dy, group_sizes, *values), w)
+            whole, dw = _loop(start, end, tile, rows, body, (whole, dw))
+            return whole, jax.tree.map(lambda a, like: a.astype(like.dtype), dw, w)
 
-        dx = groups.zeros(xs.shape, xs.dtype, xs, weights.up, dy, group_sizes)
-        return lax.scan(expert, dx, (weights, *groups.bounds(group_sizes, rows)))
+        def zeros(like: Array) -> Array:
+            return groups.zeros(like.shape, like.dtype, xs, weights.up, dy, group_sizes, *values)
 
-    return run(xs, group_sizes, weights, hidden, dy)
+        whole = jax.tree.map(zeros, (xs, values.weight))
+        (dx, d_weight), dw = lax.scan(expert, whole, (weights, *groups.bounds(group_sizes, rows)))
+        return dx, d_weight, dw
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_ffn(
-    xs: Float[Array, "P D"], group_sizes: Int[Array, "E"], weights: Weights, activation: Activation
-) -> Float[Array, "P D"]:
-    """See `api.grouped_ffn`. Saves the pre-activations: 2 P F elements (P F if not gated)."""
-    return _ffn_forward(activation, xs, group_sizes, weights)[0]
+    return run(xs, group_sizes, weights, values, hidden, dy)
 
 
-def _save(xs: Array, group_sizes: Array, weights: Weights, activation: Activation):
-    y, hidden = _ffn_forward(activation, xs, group_sizes, weights)
-    return y, (xs, group_sizes, weights, hidden)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ffn(xs: Array, group_sizes: Array, weights: Weights, values: Rows, activation: Activation) -> Array:
+    return _ffn_forward(activation, xs, group_sizes, weights, values)[0]
+
+
+def _save(xs: Array, group_sizes: Array, weights: Weights, values: Rows, activation: Activation):
+    y, hidden = _ffn_forward(activation, xs, group_sizes, weights, values)
+    return y, (xs, group_sizes, weights, values, hidden)
 
 
 def _pull(activation: Activation, saved: tuple, dy: Array) -> tuple:
-    xs, group_sizes, weights, hidden = saved
-    dx, dw = _ffn_backward(activation, xs, group_sizes, weights, hidden, dy)
-    return dx, None, dw
+    xs, group_sizes, weights, values, hidden = saved
+    dx, d_weight, dw = _ffn_backward(activation, xs, group_sizes, weights, values, hidden, dy)
+    return dx, None, dw, Rows(None, d_weight)
 
 
-grouped_ffn.defvjp(_save, _pull)
+_ffn.defvjp(_save, _pull)
+
+
+def grouped_ffn(
+    xs: Float[Array, "P D"],
+    group_sizes: Int[Array, "G"],
+    weights: Weights,
+    activation: Activation,
+    *,
+    extents: Int[Array, "G"] | None = None,
+    row_weights: Float[Array, "P"] | None = None,
+) -> Float[Array, "P D"]:
+    """See `api.grouped_ffn`. Saves the pre-activations: 2 P F elements (P F if not gated)."""
+    experts, _, columns = weights.up.shape
+    values = ffn.row_values(group_sizes, extents, row_weights, xs.shape[0], columns)
+    return _ffn(xs, groups.per_expert(group_sizes, experts), weights, values, activation)

@@ -4,7 +4,7 @@ Back ends differ in how rows reach these functions, not in the maths. The backwa
 differentiated, because autodiff of a bfloat16 dot with a float32 result multiplies float32 by bfloat16,
 which is slow on accelerators.
 
-Letters: R rows of one group, D model, F expert hidden, G groups or blocks (optional leading axis, written
+Letters: R rows of one expert, D model, F expert hidden, G experts or blocks (optional leading axis, written
 `...`).
 """
 
@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul import groups
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -35,6 +37,30 @@ class Hidden(NamedTuple):
 
     gate: Float[Array, "... R F"] | None
     up: Float[Array, "... R F"]
+
+
+class Rows(NamedTuple):
+    """What belongs to a row and not to its expert: absent ones are None.
+
+    Attributes:
+        extent: leading columns of F that take part, already rounded.
+        weight: factor of the row's output.
+    """
+
+    extent: Int[Array, "... R 1"] | None = None
+    weight: Float[Array, "... R 1"] | None = None
+
+
+def row_values(
+    group_sizes: Int[Array, "G"],
+    extents: Int[Array, "G"] | None,
+    row_weights: Float[Array, "P"] | None,
+    rows: int,
+    columns: int,
+) -> Rows:
+    """`Rows` of all P rows from the arguments of `api.grouped_ffn`; `columns` is F."""
+    weight = None if row_weights is None else row_weights[:, None]
+    return Rows(groups.row_extents(group_sizes, extents, rows, columns), weight)
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
@@ -64,12 +90,16 @@ def _add_bias(y: Array, bias: Array | None) -> Array:
     return y if bias is None else y + bias[..., None, :].astype(y.dtype)
 
 
-def forward(activation: Activation, x: Float[Array, "... R D"], w: Weights) -> tuple[Float[Array, "... R D"], Hidden]:
-    """y = act(x @ gate + b, x @ up + b) @ down + b; y and the pre-activations are in the dtype of x."""
+def forward(
+    activation: Activation, x: Float[Array, "... R D"], w: Weights, rows: Rows
+) -> tuple[Float[Array, "... R D"], Hidden]:
+    """y = weight (act(x @ gate + b, x @ up + b) @ down + b); y and the pre-activations are in the dtype of x."""
     gate = None if w.gate is None else _add_bias(einsum("...rd,...df->...rf", x, w.gate), w.gate_bias)
     hidden = Hidden(gate, _add_bias(einsum("...rd,...df->...rf", x, w.up), w.up_bias))
-    h = activate(activation, hidden).astype(x.dtype)
+    h = groups.cut(activate(activation, hidden), rows.extent).astype(x.dtype)
     y = _add_bias(einsum("...rf,...fd->...rd", h, w.down), w.down_bias)
+    if rows.weight is not None:
+        y = y * rows.weight.astype(y.dtype)
     return y.astype(x.dtype), jax.tree.map(lambda a: a.astype(x.dtype), hidden)
 
 
@@ -79,14 +109,26 @@ def backward(
     hidden: Hidden,
     dy: Float[Array, "... R D"],
     w: Weights,
-) -> tuple[Float[Array, "... R D"], Weights]:
-    """Gradients (dx in the dtype of x, those of the weights as float32 sums over the rows R).
+    rows: Rows,
+) -> tuple[Float[Array, "... R D"], Weights, Float[Array, "... R 1"] | None]:
+    """Gradients (dx in the dtype of x, those of the weights as float32 sums over the rows R, that of rows.weight).
 
-    A row with dy = 0 and finite x and hidden adds nothing to the gradients of the weights.
+    A row with dy = 0 and finite x, hidden and weight adds nothing to the gradients of the weights.
     """
     wide = accumulator(x.dtype)
     h, pull = jax.vjp(lambda p: activate(activation, p), jax.tree.map(lambda a: a.astype(wide), hidden))
-    dh = einsum("...rd,...fd->...rf", dy, w.down)
+    h, dh = groups.cut(h, rows.extent), groups.cut(einsum("...rd,...fd->...rf", dy, w.down), rows.extent)
+    d_bias = dy  # of one row's down_bias
+    d_weight = None
+    if rows.weight is not None:
+        weight = rows.weight.astype(wide)
+        # <dy, h @ down + b> without the output: <dy @ down^T, h> + <dy, b>.
+        d_weight = jnp.sum(dh * h, axis=-1, keepdims=True)
+        if w.down_bias is not None:
+            d_weight = d_weight + einsum("...rd,...d->...r", dy, w.down_bias)[..., None]
+            d_bias = dy.astype(wide) * weight
+        d_weight = d_weight.astype(rows.weight.dtype)
+        h, dh = h * weight, dh * weight
     (d_wide,) = pull(dh)
     d = jax.tree.map(lambda a: a.astype(x.dtype), d_wide)
 
@@ -103,6 +145,6 @@ def backward(
         down=einsum("...rf,...rd->...fd", h.astype(x.dtype), dy),
         gate_bias=over_rows(d_wide.gate, w.gate_bias),
         up_bias=over_rows(d_wide.up, w.up_bias),
-        down_bias=over_rows(dy, w.down_bias),
+        down_bias=over_rows(d_bias, w.down_bias),
     )
-    return dx.astype(x.dtype), dw
+    return dx.astype(x.dtype), dw, d_weight

@@ -1,24 +1,63 @@
 """Where the rows of each group lie, and what follows from it.
 
-Rows are sorted by group: group e holds rows `start[e] <= row < end[e]`, the tail beyond the last group
-belongs to none.
+Rows are sorted by group: group g holds rows `start[g] <= row < end[g]`, the tail beyond the last group
+belongs to none. With E experts and G groups, group g belongs to expert `g // (G // E)`.
 """
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+ExtentAxis = Literal["n", "k"]
+EXTENT_AXES: tuple[str, ...] = get_args(ExtentAxis)
+EXTENT_BLOCK = (
+    128  # extents count columns in blocks of this many: a width that every accelerator's tiles divide or fill
+)
 
-def bounds(group_sizes: Int[Array, "E"], rows: int) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
+
+def bounds(group_sizes: Int[Array, "G"], rows: int) -> tuple[Int[Array, "G"], Int[Array, "G"]]:
     """First row of each group and the row after its last; sizes that sum past `rows` are cut off there."""
     end = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
     return jnp.concatenate([end[:1] * 0, end[:-1]]), end
 
 
-def row_group(end: Int[Array, "E"], rows: int) -> Int[Array, "P"]:
-    """The group of each row; E for the tail."""
+def row_group(end: Int[Array, "G"], rows: int) -> Int[Array, "P"]:
+    """The group of each row; G for the tail."""
     return jnp.searchsorted(end, jnp.arange(rows, dtype=jnp.int32), side="right").astype(jnp.int32)
+
+
+def per_expert(group_sizes: Int[Array, "G"], experts: int) -> Int[Array, "E"]:
+    """Rows of each expert: the sum over its groups, which are adjacent. No operation if each has one group."""
+    if group_sizes.shape[0] == experts:
+        return group_sizes
+    return jnp.sum(group_sizes.reshape(experts, -1), axis=1, dtype=jnp.int32)
+
+
+def round_extents(extents: Int[Array, "G"], columns: int) -> Int[Array, "G"]:
+    """What extents mean: rounded up to a multiple of EXTENT_BLOCK, at least 0 and at most `columns`."""
+    inside = jnp.clip(extents, 0, columns).astype(jnp.int32)  # first, as the largest integer may stand for "all"
+    return jnp.minimum(-(-inside // EXTENT_BLOCK) * EXTENT_BLOCK, columns)
+
+
+def row_extents(
+    group_sizes: Int[Array, "G"], extents: Int[Array, "G"] | None, rows: int, columns: int
+) -> Int[Array, "P 1"] | None:
+    """The rounded extent of each row's group, 0 in the tail; None for None."""
+    if extents is None:
+        return None
+    group = row_group(bounds(group_sizes, rows)[1], rows)
+    rounded = round_extents(extents, columns)
+    return rounded.at[group].get(mode="fill", fill_value=0, indices_are_sorted=True)[:, None]
+
+
+def cut(x: Shaped[Array, "*batch F"], extents: Int[Array, "*batch 1"] | None) -> Shaped[Array, "*batch F"]:
+    """x with the columns at and beyond each row's extent set to zero; selects, so that NaN there does not survive."""
+    if extents is None:
+        return x
+    return jnp.where(jnp.arange(x.shape[-1], dtype=jnp.int32) < extents, x, jnp.zeros((), x.dtype))
 
 
 def zero_tail(x: Shaped[Array, "P N"], end: Int[Array, "E"]) -> Shaped[Array, "P N"]:

@@ -1,7 +1,7 @@
 """Back end `lax`: `jax.lax.ragged_dot`. Kept for comparison.
 
 Slow on most platforms: XLA for CPU and GPU computes every expert on every row and masks (JAX 0.11), E times
-the work and E times the memory. `transpose_rhs` swaps the axes of rhs, which may copy it.
+the work and E times the memory. `transpose_rhs` swaps the axes of rhs, which may copy it; extents zero columns.
 """
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array
 from kernels_pallas.grouped_matmul import groups
 from kernels_pallas.grouped_matmul.ffn import accumulator, precision
 from kernels_pallas.grouped_matmul.ref import compose
-from kernels_pallas.grouped_matmul.vjp import differentiable
+from kernels_pallas.grouped_matmul.vjp import by_cutting, differentiable
 
 _OUTER = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -42,7 +42,7 @@ def _outer(lhs: Array, grad: Array, group_sizes: Array, dtype: jnp.dtype) -> Arr
     return run(lhs, grad, group_sizes)
 
 
-grouped_matmul = differentiable(_product, _outer)
+grouped_matmul = differentiable(*by_cutting(_product, _outer))
 grouped_ffn = compose(grouped_matmul)
 
 

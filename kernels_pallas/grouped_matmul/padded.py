@@ -14,8 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import blocks, ffn, groups
-from kernels_pallas.grouped_matmul.ffn import Activation, Weights, einsum
-from kernels_pallas.grouped_matmul.vjp import differentiable
+from kernels_pallas.grouped_matmul.ffn import Activation, Rows, Weights, einsum
+from kernels_pallas.grouped_matmul.vjp import by_cutting, differentiable
 
 CAPACITY_FACTOR = 1.25
 
@@ -57,37 +57,51 @@ def _outer(lhs: Array, grad: Array, group_sizes: Array, dtype: jnp.dtype) -> Arr
     return _rounds(group_sizes, lhs.shape[0], body).astype(dtype)
 
 
-grouped_matmul = differentiable(_product, _outer)
+grouped_matmul = differentiable(*by_cutting(_product, _outer))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_ffn(
-    xs: Float[Array, "P D"], group_sizes: Int[Array, "E"], weights: Weights, activation: Activation
-) -> Float[Array, "P D"]:
-    """See `api.grouped_ffn`."""
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ffn(xs: Array, group_sizes: Array, weights: Weights, rows: Rows, activation: Activation) -> Array:
     def body(layout: blocks.Blocks, out: Array | None) -> Array:
-        return layout.restore(ffn.forward(activation, layout.gather(xs), weights)[0], out)
+        mine = jax.tree.map(layout.gather, rows)
+        return layout.restore(ffn.forward(activation, layout.gather(xs), weights, mine)[0], out)
 
     return _rounds(group_sizes, xs.shape[0], body)
 
 
-def _save(xs: Array, group_sizes: Array, weights: Weights, activation: Activation):
-    return grouped_ffn(xs, group_sizes, weights, activation), (xs, group_sizes, weights)
+def _save(xs: Array, group_sizes: Array, weights: Weights, rows: Rows, activation: Activation):
+    return _ffn(xs, group_sizes, weights, rows, activation), (xs, group_sizes, weights, rows)
 
 
 def _pull(activation: Activation, saved: tuple, dy: Array) -> tuple:
-    xs, group_sizes, weights = saved
+    xs, group_sizes, weights, rows = saved
 
-    def body(layout: blocks.Blocks, carry: tuple[Array, Weights] | None) -> tuple[Array, Weights]:
-        dx, total = (None, None) if carry is None else carry
-        x = layout.gather(xs)
-        _, hidden = ffn.forward(activation, x, weights)
-        dx_blocks, dw = ffn.backward(activation, x, hidden, layout.gather(dy), weights)
-        return layout.restore(dx_blocks, dx), dw if total is None else jax.tree.map(jnp.add, total, dw)
+    def body(layout: blocks.Blocks, carry: tuple | None) -> tuple[Array, Array | None, Weights]:
+        dx, d_weight, total = (None, None, None) if carry is None else carry
+        x, mine = layout.gather(xs), jax.tree.map(layout.gather, rows)
+        _, hidden = ffn.forward(activation, x, weights, mine)
+        dx_blocks, dw, d_blocks = ffn.backward(activation, x, hidden, layout.gather(dy), weights, mine)
+        if d_blocks is not None:
+            d_weight = layout.restore(d_blocks, d_weight)
+        return layout.restore(dx_blocks, dx), d_weight, dw if total is None else jax.tree.map(jnp.add, total, dw)
 
-    dx, dw = _rounds(group_sizes, xs.shape[0], body)
-    return dx, None, jax.tree.map(lambda d, like: d.astype(like.dtype), dw, weights)
+    dx, d_weight, dw = _rounds(group_sizes, xs.shape[0], body)
+    return dx, None, jax.tree.map(lambda d, like: d.astype(like.dtype), dw, weights), Rows(None, d_weight)
 
 
-grouped_ffn.defvjp(_save, _pull)
+_ffn.defvjp(_save, _pull)
+
+
+def grouped_ffn(
+    xs: Float[Array, "P D"],
+    group_sizes: Int[Array, "G"],
+    weights: Weights,
+    activation: Activation,
+    *,
+    extents: Int[Array, "G"] | None = None,
+    row_weights: Float[Array, "P"] | None = None,
+) -> Float[Array, "P D"]:
+    """See `api.grouped_ffn`."""
+    experts, _, columns = weights.up.shape
+    rows = ffn.row_values(group_sizes, extents, row_weights, xs.shape[0], columns)
+    return _ffn(xs, groups.per_expert(group_sizes, experts), weights, rows, activation)

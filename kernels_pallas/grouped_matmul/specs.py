@@ -48,6 +48,8 @@ SHAPES = {
         Shape("tiny", 4, 24, 16, 300, "test"),
         Shape("odd", 5, 13, 7, 37, "test"),
         Shape("few_rows", 6, 8, 12, 3, "test"),
+        Shape("blocks", 4, 128, 384, 160, "test"),  # sizes that every back end takes
+        Shape("odd_blocks", 3, 45, 300, 70, "test"),  # the last block of columns is not full
         Shape("cpu", 64, 256, 128, 32768, "cpu"),
         Shape("small_experts", 64, 512, 128, 524288, "gpu"),
         Shape("mixtral", 8, 4096, 14336, 16384, "gpu"),

@@ -1,0 +1,337 @@
+"""Back end `mosaic_gpu`: Pallas Mosaic GPU kernels for Hopper (compute capability 9.0), bfloat16.
+
+`rows.py` multiplies rows by their expert's matrix, `outer.py` makes the gradient of the matrices, `schedule.py` says
+which tile comes when, `tuning.py` how large tiles are. Extents cost what they keep: column tiles and depth beyond an
+extent are not visited.
+
+The FFN fuses the activation into the gate and up projections, and both halves of the gradient of its input into one
+kernel. Saved for the backward: its input and the pre-activations.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul import ffn, groups
+from kernels_pallas.grouped_matmul.ffn import GATED, Activation, Hidden, Weights
+from kernels_pallas.grouped_matmul.groups import ExtentAxis
+from kernels_pallas.grouped_matmul.mosaic_gpu import outer as outer_kernel
+from kernels_pallas.grouped_matmul.mosaic_gpu import rows, schedule, tuning
+from kernels_pallas.grouped_matmul.vjp import differentiable
+
+ALIGN = 64  # a multiple of this is what K, N, D and F must be: one swizzle of bfloat16
+
+
+def _plan(
+    config: rows.Config,
+    group_sizes: Array,
+    extents: Array | None,
+    extent_axis: ExtentAxis,
+    num_rows: int,
+    k: int,
+    n: int,
+    width: int,
+) -> schedule.Schedule:
+    columns, depth = -(-n // width), k // rows.BLOCK_K
+    if extents is not None and extent_axis == "n":
+        columns = -(-groups.round_extents(extents, n) // width)
+    if extents is not None and extent_axis == "k":
+        depth = -(-groups.round_extents(extents, k) // rows.BLOCK_K)
+    return schedule.row_schedule(
+        group_sizes,
+        num_rows,
+        columns,
+        depth,
+        max_columns=-(-n // width),
+        block_m=config.block_m,
+        cluster=config.cluster,
+        band=config.band,
+    )
+
+
+def _same_axes(*arrays: Array) -> list[Array]:
+    """The arrays, all varying over the manual mesh axes over which any of them does, as one kernel's operands must."""
+    axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    return [
+        lax.pcast(a, tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying)), to="varying")
+        if axes - jax.typeof(a).manual_axis_type.varying
+        else a
+        for a in arrays
+    ]
+
+
+def product_of_pairs(
+    pairs: Sequence[tuple[Array, Array]],
+    group_sizes: Int[Array, "G"],
+    extents: Int[Array, "G"] | None = None,
+    *,
+    transpose_rhs: bool,
+    extent_axis: ExtentAxis,
+    dtype: jnp.dtype,
+    config: rows.Config | None = None,
+    interpret: bool = False,
+) -> Float[Array, "P N"]:
+    """out = sum over pairs of lhs @ rhs[expert], as `rows.product`, with its schedule."""
+    flat = _same_axes(*(a for pair in pairs for a in pair), group_sizes)
+    pairs, group_sizes = list(zip(flat[:-1:2], flat[1:-1:2], strict=True)), flat[-1]
+    (num_rows, k), experts = pairs[0][0].shape, pairs[0][1].shape[0]
+    n = pairs[0][1].shape[1 if transpose_rhs else 2]
+    config = config or tuning.for_rows(num_rows, experts, k, n, transpose_rhs)
+    plan = _plan(config, group_sizes, extents, extent_axis, num_rows, k, n, config.block_n)
+    parts = group_sizes.shape[0] // experts
+    return rows.product(
+        pairs, plan, transpose_rhs=transpose_rhs, parts=parts, dtype=dtype, config=config, interpret=interpret
+    )
+
+
+def product(
+    lhs: Array,
+    rhs: Array,
+    group_sizes: Array,
+    extents: Array | None,
+    *,
+    transpose_rhs: bool,
+    extent_axis: ExtentAxis,
+    dtype: jnp.dtype,
+    config: rows.Config | None = None,
+    interpret: bool = False,
+) -> Array:
+    """See `vjp.Product`."""
+    return product_of_pairs(
+        [(lhs, rhs)],
+        group_sizes,
+        extents,
+        transpose_rhs=transpose_rhs,
+        extent_axis=extent_axis,
+        dtype=dtype,
+        config=config,
+        interpret=interpret,
+    )
+
+
+def outer(
+    lhs: Array,
+    grad: Array,
+    group_sizes: Array,
+    extents: Array | None,
+    *,
+    experts: int,
+    extent_axis: ExtentAxis,
+    dtype: jnp.dtype,
+    config: outer_kernel.Config | None = None,
+) -> Array:
+    """See `vjp.Outer`."""
+    lhs, grad, group_sizes = _same_axes(lhs, grad, group_sizes)
+    if extents is not None:
+        extents = groups.round_extents(extents, lhs.shape[1] if extent_axis == "k" else grad.shape[1])
+    config = config or tuning.for_outer(lhs.shape[0], experts, lhs.shape[1], grad.shape[1])
+    parts = group_sizes.shape[0] // experts
+    return outer_kernel.outer(
+        lhs, grad, group_sizes, parts=parts, extents=extents, axis=extent_axis, dtype=dtype, config=config
+    )
+
+
+def make(*, interpret: bool = False) -> "Kernels":
+    """The functions of this back end; `interpret` for a run on CPU under Pallas' interpreter of Mosaic GPU kernels."""
+    return Kernels(interpret)
+
+
+class Kernels:
+    """Grouped matmul, grouped FFN and the pieces of the whole layer."""
+
+    def __init__(self, interpret: bool) -> None:
+        self.interpret = interpret
+        self.product = functools.partial(product, interpret=interpret)
+        self.grouped_matmul = differentiable(self.product, outer)
+        self._ffn = jax.custom_vjp(self._run, nondiff_argnums=(4,))
+        self._ffn.defvjp(self._save, self._pull)
+
+    # --- the FFN --------------------------------------------------------------------------------------
+
+    def grouped_ffn(
+        self,
+        xs: Float[Array, "P D"],
+        group_sizes: Int[Array, "G"],
+        weights: Weights,
+        activation: Activation,
+        *,
+        extents: Int[Array, "G"] | None = None,
+        row_weights: Float[Array, "P"] | None = None,
+    ) -> Float[Array, "P D"]:
+        """See `api.grouped_ffn`."""
+        ys = self._ffn(xs, group_sizes, weights, extents, activation)
+        if row_weights is None:
+            return ys
+        return (ys.astype(jnp.float32) * row_weights[:, None].astype(jnp.float32)).astype(ys.dtype)
+
+    def _run(self, xs, group_sizes, weights, extents, activation):
+        h, _ = self.up(xs, weights, group_sizes, extents, activation=activation, save=False)
+        return self.down(h, weights, group_sizes, extents)
+
+    def _save(self, xs, group_sizes, weights, extents, activation):
+        h, hidden = self.up(xs, weights, group_sizes, extents, activation=activation, save=True)
+        return self.down(h, weights, group_sizes, extents), (xs, group_sizes, weights, extents, hidden)
+
+    def _pull(self, activation, saved, dy):
+        xs, group_sizes, weights, extents, hidden = saved
+        dgate, dup, h, _ = self.down_backward(dy, None, hidden, weights, group_sizes, extents, activation=activation)
+        dx = self.up_input_gradient(dgate, dup, weights, group_sizes, extents)
+        experts = weights.up.shape[0]
+        make = functools.partial(outer, experts=experts, dtype=xs.dtype)
+        grads = Weights(
+            gate=None if dgate is None else make(xs, dgate, group_sizes, extents, extent_axis="n"),
+            up=make(xs, dup, group_sizes, extents, extent_axis="n"),
+            down=make(h, dy, group_sizes, extents, extent_axis="k"),
+        )
+        return dx, None, grads, None
+
+    # --- its pieces -----------------------------------------------------------------------------------
+
+    def up(
+        self,
+        xs: Float[Array, "P D"],
+        params: Weights,
+        group_sizes: Int[Array, "G"],
+        extents: Int[Array, "G"] | None = None,
+        *,
+        activation: Activation,
+        save: bool,
+    ) -> tuple[Float[Array, "P F"], Hidden | None]:
+        """h and, if asked, the pre-activations, which are not written otherwise."""
+        if params.gate is None:
+            up = self.product(xs, params.up, group_sizes, extents, transpose_rhs=False, extent_axis="n", dtype=xs.dtype)
+            h = ffn.activate(activation, Hidden(None, up.astype(jnp.float32))).astype(xs.dtype)
+            return h, Hidden(None, up) if save else None
+        xs, gate, up, group_sizes = _same_axes(xs, params.gate, params.up, group_sizes)
+        experts, d, f = params.up.shape
+        config = tuning.for_gated(xs.shape[0], experts, d, f)
+        plan = _plan(config, group_sizes, extents, "n", xs.shape[0], d, f, config.block_n // 2)
+        h, *hidden = rows.gated_product(
+            xs,
+            gate,
+            up,
+            plan,
+            activation=activation,
+            save=save,
+            parts=group_sizes.shape[0] // experts,
+            config=config,
+            interpret=self.interpret,
+        )
+        return h, Hidden(*hidden) if save else None
+
+    def down(
+        self,
+        h: Float[Array, "P F"],
+        params: Weights,
+        group_sizes: Int[Array, "G"],
+        extents: Int[Array, "G"] | None = None,
+    ) -> Float[Array, "P D"]:
+        """h @ down."""
+        return self.product(h, params.down, group_sizes, extents, transpose_rhs=False, extent_axis="k", dtype=h.dtype)
+
+    def down_backward(
+        self,
+        dys: Float[Array, "P D"],
+        row_weights: Float[Array, "P"] | None,
+        hidden: Hidden,
+        params: Weights,
+        group_sizes: Int[Array, "G"],
+        extents: Int[Array, "G"] | None = None,
+        *,
+        activation: Activation,
+    ) -> tuple[Float[Array, "P F"] | None, Float[Array, "P F"], Float[Array, "P F"], Float[Array, "P"]]:
+        """(dgate, dup, row_weights h, gradient of row_weights) from the cotangent of the weighted rows."""
+        dh = self.product(
+            dys, params.down, group_sizes, extents, transpose_rhs=True, extent_axis="n", dtype=dys.dtype
+        ).astype(jnp.float32)
+        wide = jax.tree.map(lambda a: a.astype(jnp.float32), hidden)
+        share = 1.0 if row_weights is None else row_weights[:, None].astype(jnp.float32)
+        h, pull = jax.vjp(functools.partial(ffn.activate, activation), wide)
+        (d,) = pull(share * dh)
+        dgate = None if d.gate is None else d.gate.astype(dys.dtype)
+        limit = groups.row_extents(group_sizes, extents, *dh.shape)
+        dweights = jnp.sum(groups.cut(dh * h, limit), axis=1)
+        return dgate, d.up.astype(dys.dtype), (share * h).astype(dys.dtype), dweights
+
+    def up_input_gradient(
+        self,
+        dgate: Float[Array, "P F"] | None,
+        dup: Float[Array, "P F"],
+        params: Weights,
+        group_sizes: Int[Array, "G"],
+        extents: Int[Array, "G"] | None = None,
+    ) -> Float[Array, "P D"]:
+        """dgate @ gate^T + dup @ up^T in one kernel."""
+        pairs = [(dup, params.up)]
+        if dgate is not None and params.gate is not None:
+            pairs.append((dgate, params.gate))
+        return product_of_pairs(
+            pairs,
+            group_sizes,
+            extents,
+            transpose_rhs=True,
+            extent_axis="k",
+            dtype=dup.dtype,
+            interpret=self.interpret,
+        )
+
+    def outer(self, lhs: Array, grad: Array, group_sizes: Array) -> Array:
+        """[E, K, N] for one group an expert."""
+        experts = group_sizes.shape[0]
+        return outer(lhs, grad, group_sizes, None, experts=experts, extent_axis="n", dtype=lhs.dtype)
+
+
+def _hopper() -> str | None:
+    from kernels_pallas.dispatch import default_platform
+
+    if default_platform() != "gpu":
+        return f"needs a Hopper GPU, the platform is {default_platform()}"
+    capability = getattr(jax.devices("gpu")[0], "compute_capability", None)
+    return None if capability == "9.0" else f"needs compute capability 9.0 (Hopper), the device has {capability}"
+
+
+def refuse_shapes(dtype: jnp.dtype, num_rows: int, axes: dict[str, int], result: jnp.dtype | None = None) -> str | None:
+    """Why these shapes cannot run, on any device."""
+    if dtype != jnp.bfloat16:
+        return f"multiplies bfloat16 only, not {jnp.dtype(dtype).name}"
+    if result is not None and jnp.dtype(result) not in (jnp.bfloat16, jnp.float32):
+        return f"writes bfloat16 or float32, not {jnp.dtype(result).name}"
+    for name, size in axes.items():
+        if size % ALIGN or size == 0:
+            return f"{name}={size} must be a multiple of {ALIGN} (a shared-memory swizzle)"
+    if num_rows % outer_kernel.ALIGN:
+        return f"P={num_rows} must be a multiple of {outer_kernel.ALIGN} (copies of whole tiles): pad the rows"
+    return None
+
+
+def refuse_matmul(
+    lhs, rhs, group_sizes, *, transpose_rhs=False, extents=None, extent_axis="n", preferred_element_type=None
+) -> str | None:
+    """See `dispatch.Backend`."""
+    del group_sizes, extents, extent_axis
+    n = rhs.shape[1 if transpose_rhs else 2]
+    axes = {"K": lhs.shape[1], "N": n}
+    return _hopper() or refuse_shapes(lhs.dtype, lhs.shape[0], axes, preferred_element_type)
+
+
+def refuse_ffn(xs, group_sizes, weights: Weights, activation, *, extents=None, row_weights=None) -> str | None:
+    """See `dispatch.Backend`."""
+    del group_sizes, extents, row_weights
+    return _hopper() or refuse_weights(xs, xs.shape[0], weights, activation)
+
+
+def refuse_weights(x, num_rows: int, weights: Weights, activation: Activation) -> str | None:
+    """Why an FFN of these weights cannot run, on any device."""
+    if any(b is not None for b in (weights.gate_bias, weights.up_bias, weights.down_bias)):
+        return "has no biases yet"
+    if (weights.gate is not None) != (activation in GATED):
+        return "a gate without a gated activation"
+    axes = {"D": weights.up.shape[1], "F": weights.up.shape[2]}
+    return refuse_shapes(x.dtype, num_rows, axes)
+
+
+KERNELS = make()

@@ -1,0 +1,331 @@
+"""Grouped matmul on Hopper: rows of groups times their expert's matrix, with an optional activation in the epilogue.
+
+One block a multiprocessor, three warpgroups: the third only copies (TMA), the first two only multiply (wgmma) and
+store. The copying warpgroup walks through all tiles without waiting for a tile's end, so the next tile's operands
+arrive while the last one is stored.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels_pallas.grouped_matmul.mosaic_gpu import schedule
+from kernels_pallas.grouped_matmul.mosaic_gpu.schedule import COLUMN, COUNT, DEPTH, FIELDS, GROUP, ROW, SHARED, Schedule
+
+BLOCK_K = 64
+CONSUMERS = 2
+SWIZZLE = 128  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How one block works.
+
+    Attributes:
+        block_m, block_n: tile of a block; BLOCK_K columns of lhs are taken at a time.
+        stages: tiles of operands in flight.
+        split: which side of the tile the two multiplying warpgroups divide.
+        cluster: blocks that share an operand's copy, 1 or 2.
+        band: clusters' row tiles that are worked on together.
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    stages: int = 4
+    split: Literal["m", "n"] = "n"
+    cluster: int = 1
+    band: int = 8
+
+
+def multiprocessors() -> int:
+    """Of the device that is compiled for."""
+    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
+        return abstract.num_cores
+    return jax.devices()[0].core_count
+
+
+def tiled(dtype: jnp.dtype) -> tuple:
+    """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts."""
+    return plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(SWIZZLE)
+
+
+def two_views(shape: tuple[int, ...], dtype: jnp.dtype, interpret: bool) -> Any:
+    """One buffer as two refs: rows (any row may be the first of a copy) and tiles (what wgmma and registers use).
+
+    TMA copies to and from a *tiled* buffer start at rows that are multiples of 8. A tile of 8 rows as wide as the
+    swizzle is contiguous, so that the bytes of both views are the same, and the untiled one may start anywhere. The
+    interpreter does not model memory under two refs, and knows no alignment: it gets one.
+    """
+    tiles = tiled(dtype)
+    if tiles[0].tiling[-1] != shape[-1]:
+        raise ValueError(f"shape={shape}: two views need a last axis as wide as the swizzle, {tiles[0].tiling[-1]}")
+    if interpret:
+        return plgpu.SMEM(shape, dtype)
+    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=tiles[1:]), plgpu.SMEM(shape, dtype, transforms=tiles))
+
+
+def free_slots(config: Any) -> Any:
+    """Barriers on which consumers say that a buffer is read: in a cluster to both blocks, as both write to it."""
+    if config.cluster == 1:
+        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=config.stages)
+
+
+def launch(config: Any) -> dict[str, Any]:
+    """Arguments of `plgpu.kernel` that all kernels here share."""
+    return {
+        "grid": (multiprocessors() // config.cluster,),
+        "grid_names": ("grid",),
+        "cluster": (config.cluster,),
+        "cluster_names": ("cluster",),
+        "num_threads": CONSUMERS + 1,
+        "thread_name": "wg",
+        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    }
+
+
+def result(shape: tuple[int, ...], dtype: jnp.dtype, *like: Array) -> jax.ShapeDtypeStruct:
+    """Type of a result that varies over the manual mesh axes over which the operands vary."""
+    axes = [jax.typeof(a).manual_axis_type for a in like]
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=max(axes, key=lambda t: len(t.varying)))
+
+
+def ring(slots: Any, body: Callable, init: Any) -> Any:
+    """Folds `body(slot, carry)` over this cluster's share of the slots."""
+    cluster, count = lax.axis_index("grid"), lax.axis_size("grid")
+    mine = (slots - cluster + count - 1) // count
+    return lax.fori_loop(0, mine, lambda i, carry: body(cluster + i * count, carry), init)
+
+
+def _store_rows(staged: Any, out: Any, row: Any, column: Any, count: Any, rows: int, width: int) -> None:
+    """Stores the first `count` of `rows` staged rows, by powers of two, since the size of a TMA copy is static."""
+    at = 0
+    power = rows
+    while power:
+        take = (count & power) != 0
+
+        @pl.when(take)
+        def _(at=at, power=power):
+            target = out.at[pl.ds(row + at, power), pl.ds(column, width)]
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(at, power)], target, commit_group=False)
+
+        at = at + jnp.where(take, power, 0)
+        power //= 2
+
+
+def gated(activation: str, gate: Float[Array, "R F"], up: Float[Array, "R F"]) -> Float[Array, "R F"]:
+    """silu(gate) * up or gelu(gate) * up (tanh form), in operations that the kernel's compiler knows."""
+    if activation == "swiglu":
+        return gate / (1 + jnp.exp(-gate)) * up
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1 + jnp.exp(-2 * inner)) * up  # 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z))
+
+
+def _kernel(
+    table: Any,
+    slots: Any,
+    *refs: Any,
+    config: Config,
+    operands: int,
+    outputs: int,
+    transpose_rhs: bool,
+    parts: int,
+    activation: str | None,
+    interpret: bool,
+) -> None:
+    lhs, rhs = refs[:operands], refs[operands : 2 * operands] if activation is None else refs[operands : operands + 2]
+    outs = refs[-5 - outputs : -5]
+    a_smem, b_smem, stage, full, empty = refs[-5:]
+    a_in, a_smem = (a_smem, a_smem) if interpret else a_smem
+    staged_out, staged = (stage, stage) if interpret else stage
+    wg, block = lax.axis_index("wg"), lax.axis_index("cluster")
+    stages, bm, bn = config.stages, config.block_m, config.block_n
+    wm, wn = (bm // CONSUMERS, bn) if config.split == "m" else (bm, bn // CONSUMERS)
+    width = bn if activation is None else bn // 2  # columns of the result in a tile
+
+    def entry(slot, field):
+        return table[(slot * config.cluster + block) * FIELDS + field]
+
+    @pl.when(wg == CONSUMERS)
+    def _copy():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def tile(slot, step):
+            row, expert, column = entry(slot, ROW), entry(slot, GROUP) // parts, entry(slot, COLUMN) * width
+            depth = entry(slot, DEPTH)
+
+            def fetch(share, pair, k, step):
+                at = lax.rem(step, stages)
+
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[at])
+
+                span = pl.ds(k * BLOCK_K, BLOCK_K)
+                axes = {} if config.cluster == 1 else {"collective_axes": "cluster"}
+                of_lhs, of_rhs = (axes, {}) if share == schedule.SHARE_LHS else ({}, axes)
+                plgpu.copy_gmem_to_smem(lhs[pair].at[pl.ds(row, bm), span], a_in.at[at], full.at[at], **of_lhs)
+                if activation is not None:
+                    for half in range(2):
+                        source = rhs[half].at[expert, span, pl.ds(column, width)]
+                        plgpu.copy_gmem_to_smem(source, b_smem.at[at, half], full.at[at], **of_rhs)
+                else:
+                    columns = pl.ds(column, bn)
+                    source = rhs[pair].at[(expert, columns, span) if transpose_rhs else (expert, span, columns)]
+                    plgpu.copy_gmem_to_smem(source, b_smem.at[at], full.at[at], **of_rhs)
+                return step + 1
+
+            def loop(share):
+                def run(step):
+                    for pair in range(operands):
+                        step = lax.fori_loop(0, depth, functools.partial(fetch, share, pair), step)
+                    return step
+
+                return run
+
+            if config.cluster == 1:
+                return loop(schedule.SHARE_RHS)(step)
+            shares_rhs = entry(slot, SHARED) == schedule.SHARE_RHS
+            return lax.cond(shares_rhs, loop(schedule.SHARE_RHS), loop(schedule.SHARE_LHS), step)
+
+        total = ring(slots[0], tile, jnp.int32(0))
+
+        # Every arrival is awaited: a block of a cluster must not end while its partner still signals it.
+        @pl.loop(jnp.maximum(total - stages, 0), total)
+        def _(step):
+            plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+
+    @pl.when(wg < CONSUMERS)
+    def _multiply():
+        plgpu.set_max_registers(232, action="increase")
+        tall = config.split == "m"
+        mine_m = pl.ds(wg * wm, wm) if tall else slice(None)
+        mine_n = slice(None) if tall else pl.ds(wg * wn, wn)
+
+        def tile(slot, step):
+            row, count, column = entry(slot, ROW), entry(slot, COUNT), entry(slot, COLUMN) * width
+            depth = entry(slot, DEPTH) * operands
+            if tall:
+                row, count = row + wg * wm, jnp.clip(count - wg * wm, 0, wm)
+            else:
+                column = column + wg * wn
+
+            def store(value, out):
+                _, cells, cell_m, cell_n = staged.shape
+                for i in range(wm // cell_m):
+                    inside = jnp.clip(count - i * cell_m, 0, cell_m)
+                    for j in range(value.shape[1] // cell_n):
+                        cell = (i * (value.shape[1] // cell_n) + j) % cells
+                        plgpu.wait_smem_to_gmem(cells - 1, wait_read_only=True)
+                        staged[wg, cell] = value[i * cell_m : (i + 1) * cell_m, j * cell_n : (j + 1) * cell_n]
+                        plgpu.commit_smem()
+                        at = row + i * cell_m, column + j * cell_n
+                        _store_rows(staged_out.at[wg, cell], out, *at, inside, cell_m, cell_n)
+                        plgpu.commit_smem_to_gmem_group()
+
+            def accumulate(*accs):
+                def multiply(k, step):
+                    at = lax.rem(step, stages)
+                    plgpu.barrier_wait(full.at[at])
+                    a = a_smem.at[at, mine_m, :]
+                    if activation is not None:
+                        for half, acc in enumerate(accs):
+                            plgpu.wgmma(acc, a, b_smem.at[at, half])
+                    elif transpose_rhs:
+                        plgpu.wgmma(accs[0], a, b_smem.at[at, mine_n, :].T)
+                    else:
+                        plgpu.wgmma(accs[0], a, b_smem.at[at, :, mine_n])
+                    plgpu.wgmma_wait(len(accs))  # so the step before is done, and its buffers are free
+
+                    @pl.when(k > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
+
+                    return step + 1
+
+                after = lax.fori_loop(0, depth, multiply, step)
+                plgpu.wgmma_wait(0)
+
+                @pl.when(depth > 0)
+                def _():
+                    plgpu.barrier_arrive(empty.at[lax.rem(after + stages - 1, stages)])
+
+                values = [acc[...] for acc in accs]
+                if activation is not None:
+                    values = [gated(activation, *values), *values][:outputs]
+                for value, out in zip(values, outs, strict=True):
+                    store(value.astype(out.dtype), out)
+                return after
+
+            shape = (wm, wn if activation is None else width)
+            return pl.run_scoped(accumulate, *[plgpu.ACC(shape, jnp.float32)] * (1 if activation is None else 2))
+
+        ring(slots[0], tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def product(
+    pairs: Sequence[tuple[Array, Array]],
+    plan: Schedule,
+    *,
+    transpose_rhs: bool,
+    parts: int,
+    dtype: jnp.dtype,
+    config: Config,
+    interpret: bool,
+) -> Float[Array, "P N"]:
+    """out[row] = sum over pairs of lhs[row] @ rhs[expert of the row]; rows in no group are not written.
+
+    All pairs have the same shapes: one kernel, one accumulator, no sum of intermediate results in memory.
+    """
+    lhs, rhs = zip(*pairs, strict=True)
+    columns = rhs[0].shape[1 if transpose_rhs else 2]
+    b_tile = (config.block_n, BLOCK_K) if transpose_rhs else (BLOCK_K, config.block_n)
+    out = result((lhs[0].shape[0], columns), dtype, plan.table, *lhs, *rhs)
+    return _call(
+        lhs, rhs, plan, [out], b_tile, 2, config, interpret, transpose_rhs=transpose_rhs, parts=parts, activation=None
+    )[0]
+
+
+def gated_product(
+    lhs: Array,
+    gate: Array,
+    up: Array,
+    plan: Schedule,
+    *,
+    activation: str,
+    save: bool,
+    parts: int,
+    config: Config,
+    interpret: bool,
+) -> list[Float[Array, "P F"]]:
+    """[act(lhs @ gate) * (lhs @ up)] and, if `save`, both products; columns of the plan are block_n / 2 wide."""
+    outs = [result((lhs.shape[0], up.shape[2]), lhs.dtype, plan.table, lhs, gate, up)] * (3 if save else 1)
+    options = {"transpose_rhs": False, "parts": parts, "activation": activation}
+    tile = (2, BLOCK_K, config.block_n // 2)
+    return _call((lhs,), (gate, up), plan, outs, tile, 3, config, interpret, **options)
+
+
+def _call(lhs, rhs, plan, outs, b_tile, copies, config, interpret, **options) -> list[Array]:
+    cell = SWIZZLE // jnp.dtype(outs[0].dtype).itemsize
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, config=config, operands=len(lhs), outputs=len(outs), interpret=interpret, **options),
+        out_type=list(outs),
+        scratch_types=[
+            two_views((config.stages, config.block_m, BLOCK_K), lhs[0].dtype, interpret),
+            plgpu.SMEM((config.stages, *b_tile), rhs[0].dtype, transforms=tiled(rhs[0].dtype)),
+            two_views((CONSUMERS, 2, 64, cell), outs[0].dtype, interpret),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
+            free_slots(config),
+        ],
+        **launch(config),
+    )
+    return kernel(plan.table, plan.slots, *lhs, *rhs)

@@ -1,0 +1,74 @@
+"""What the benchmarks' command lines share: families, budget, output."""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+
+from kernels_pallas.rivals import rows, worker
+from kernels_pallas.rivals.case import AnyCase, Settings
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Flags of every benchmark of `families.GROUPED` or `families.LAYER`."""
+    known = list(worker.families_of(kind))
+    parser.add_argument("--families", nargs="+", choices=known, help="default: all on a GPU, ours on a CPU")
+    parser.add_argument("--implementation", nargs="+", default=[], help="of ours, by name; default: all that can run")
+    parser.add_argument("--repeats", type=int, help="timings of each; default 20")
+    parser.add_argument("--target-ms", type=float, default=25.0, help="how long one timing lasts")
+    parser.add_argument("--seconds", type=float, default=60.0, help="limit for one implementation of one case")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no case starts after that")
+    parser.add_argument("--tune", choices=("none", "short", "full"), default="short", help="of rivals")
+    parser.add_argument("--output", help="JSON lines, appended as they come; configurations in it are used again")
+    parser.add_argument("--summary", metavar="FILE", help="print the table of a file of rows, and end")
+    parser.add_argument("--tokamax", metavar="FOLDERS", help="import tokamax from there (MOEJAX_TOKAMAX)")
+    parser.add_argument("--tokamax-triton", metavar="FOLDERS", help="an older tokamax (MOEJAX_TOKAMAX_TRITON)")
+    parser.add_argument("--liger", metavar="FOLDERS", help="import liger-kernel from there (MOEJAX_LIGER)")
+
+
+def shares_device() -> None:
+    """Processes share one device: this one must not take all its memory. Before JAX first uses it."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def run(
+    args: argparse.Namespace, kind: str, cases: Iterable[AnyCase], settings: Settings, say: Callable = print
+) -> int:
+    """Runs all cases; returns 1 if an implementation of ours gave an error, else 0.
+
+    Families run in processes of their own, on a CPU in this one.
+    """
+    started = time.monotonic()
+    for variable in ("tokamax", "tokamax_triton", "liger"):
+        if value := getattr(args, variable):
+            os.environ[f"MOEJAX_{variable.upper()}"] = value
+    on_cpu = jax.default_backend() == "cpu"
+    names = [name for name in worker.families_of(kind) if name in (args.families or worker.families_of(kind))]
+    if on_cpu and not args.families:
+        names = ["ours"]
+    make = worker.Inline if on_cpu else worker.Worker
+    workers = {name: make(kind, name, args.seconds) for name in names}
+    for process in workers.values():
+        if isinstance(process, worker.Worker):
+            process.start()  # all at once: they load while the first one measures
+    problems = []
+    extra = {"commit": rows.commit()}
+    device = jax.devices()[0].device_kind
+    say(f"{device}, jax {jax.__version__}, families: {' '.join(names)}")
+    say(rows.HEAD)
+    try:
+        for case in cases:
+            if time.monotonic() - started > 60 * args.minutes:
+                say(f"stopped before {case.name} {case.fields()['operation']}: --minutes {args.minutes:g} are over")
+                break
+            for row in rows.run_case(workers, case, settings, extra):
+                problems += [row["role"]] if "error" in row else []
+                rows.append(args.output, row)
+                say(rows.line(row), flush=True)
+    finally:
+        for process in workers.values():
+            process.close()
+    say(f"{len(problems)} rows with an error, {problems.count('ours')} of them ours")
+    return int("ours" in problems)

@@ -1,0 +1,128 @@
+"""Family `dense`: ceilings, matmuls of the same FLOPs without groups, and what the memory can move.
+
+- `dense_mosaic`: [P,K] x [K,N] by the dense Hopper example of the jax package, the build that a grouped kernel can
+  have too (persistent, warp-specialised, clusters); best of a few configurations;
+- `dense_cublas`: the same by XLA's library; `batched_cublas`: E equal groups of P/E rows;
+- `copy` (decode): bytes read and written by an elementwise pass over an array far larger than the cache.
+"""
+
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from kernels_pallas.rivals import case as cases
+from kernels_pallas.rivals import jax_run, timing
+from kernels_pallas.rivals.case import AnyCase, Case, LayerCase, Settings
+
+COPY_BYTES = 1 << 30
+# Minor dimension of the grid, tiles side by side, dimension split over warpgroups, dimension of the cluster. Of 72
+# configurations the best ones all had tiles of 128 x 128 x 64 for each warpgroup, 4 stages and a cluster.
+SHORT = tuple(itertools.product("MN", (4, 8), "MN", "MN"))
+FULL = tuple(itertools.product("MN", (4, 8, 16), "MN", "MN"))
+
+
+def measurements(case: AnyCase, settings: Settings) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The ceilings of a case; for `major` those of the effective columns."""
+    if isinstance(case, LayerCase):
+        # gate and up are one matmul of 2F columns, as a fused kernel has them
+        for name, n, k in (("up", 2 * case.d_expert, case.d_model), ("down", case.d_model, case.d_expert)):
+            yield f"dense_mosaic/{name}", functools.partial(mosaic, case.rows, n, k, case.dtype, settings)
+    elif case.operation == "decode":
+        yield "copy", functools.partial(copy, settings)
+    else:
+        columns = case.extent or case.d_expert
+        n, k = (columns, case.d_model) if case.projection == "up" else (case.d_model, columns)
+        if case.operation == "dlhs":
+            n, k = k, n
+        yield "dense_mosaic", functools.partial(mosaic, case.rows, n, k, case.dtype, settings)
+        yield "dense_cublas", functools.partial(cublas, case.rows, n, k, case.dtype, settings)
+        if case.operation != "major":
+            yield "batched_cublas", functools.partial(batched, case, settings)
+
+
+def _row(timings: timing.Timings, flops: int) -> dict:
+    row = timings.fields() | {"role": "ceiling"} | jax_run.versions()
+    return row | {"tflops_per_s": flops / timings.median / 1e12}
+
+
+def _time(run: Callable[[], object], settings: Settings) -> timing.Timings:
+    batch = timing.wall_clock(run, jax.block_until_ready)
+    return timing.repeat(batch, settings.repeats, settings.target_ms)
+
+
+def matrices(m: int, n: int, k: int, dtype: str) -> tuple[Array, Array]:
+    """Random normal [m,k] and [k,n]."""
+    a = jax_run.normal(jax.random.key(0), (m, k), 1.0, dtype)
+    return a, jax_run.normal(jax.random.key(1), (k, n), k**-0.5, dtype)
+
+
+_MEASURED: dict[str, dict] = {}  # skews, and operations of one shape, share a ceiling within a run
+
+
+def mosaic(m: int, n: int, k: int, dtype: str, settings: Settings) -> dict:
+    """Columns of `dense_mosaic` at [m,k] x [k,n]. Raises RuntimeError if no configuration runs."""
+    if not jax_run.on_gpu():
+        raise NotImplementedError("the dense example kernel is for Hopper GPUs")
+    shape = f"{m} {n} {k} {dtype}"
+    if shape not in _MEASURED:
+        example = importlib.import_module("jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu")
+        side = example.MatmulDimension
+        a, b = matrices(m, n, k, dtype)
+        rows = jnp.arange(0, m, max(1, m // 64))
+        expected = jnp.dot(a[rows].astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+
+        def candidate(minor: str, width: int, split: str, cluster: str) -> Callable[..., Array]:
+            config = example.TuningConfig(128, 128, 64, 4, 64, 64, side[minor], width, side[split], side[cluster])
+            return lambda a, b: example.matmul(a, b, None, config)
+
+        def verify(out: Array) -> None:
+            difference = out[rows].astype(jnp.float32) - expected
+            if not float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected)) <= cases.TOLERANCE[dtype]:
+                raise jax_run.WrongResult("the dense example is wrong here")
+
+        tried = FULL if settings.tune == "full" else SHORT
+        candidates = {f"minor {c[0]} width {c[1]} warpgroups {c[2]} cluster {c[3]}": candidate(*c) for c in tried}
+        name, failures = jax_run.best_of((a, b), candidates, verify, settings, settings.known.get(dense_key(shape)))
+        timings = _time(functools.partial(jax_run.compiled(candidates[name], a, b), a, b), settings)
+        row = _row(timings, 2 * m * n * k) | {"config": name, "configs_tried": len(tried)}
+        _MEASURED[shape] = row | {"configs_failed": len(failures), "dense_shape": shape}
+    return _MEASURED[shape]
+
+
+def dense_key(shape: str) -> str:
+    """Under which the best configuration for a `dense_shape` is kept."""
+    return f"dense_mosaic {shape}"
+
+
+def cublas(m: int, n: int, k: int, dtype: str, settings: Settings) -> dict:
+    a, b = matrices(m, n, k, dtype)
+    run = jax_run.compiled(jnp.dot, a, b)
+    return _row(_time(functools.partial(run, a, b), settings), 2 * m * n * k)
+
+
+def batched(case: Case, settings: Settings) -> dict:
+    """E equal groups as one einsum, on slices of the case's operands."""
+    a, b, _ = jax_run.operands(case)[0]
+    each = case.rows // case.experts
+
+    def equal(x: Array) -> Array:
+        return x[: each * case.experts].reshape(case.experts, each, -1)
+
+    spec = {"dlhs": "epn,ekn->epk", "drhs": "epk,epn->ekn"}.get(case.operation, "epk,ekn->epn")
+    args = (equal(a), equal(b) if case.operation == "drhs" else b)
+    run = jax_run.compiled(lambda a, b: jnp.einsum(spec, a, b), *args)
+    flops = 2 * each * case.experts * case.d_model * case.d_expert
+    return _row(_time(functools.partial(run, *args), settings), flops)
+
+
+def copy(settings: Settings) -> dict:
+    """GB/s, bytes read plus bytes written."""
+    x = jax.lax.iota(jnp.int32, COPY_BYTES // 4 if jax_run.on_gpu() else 1 << 16)
+    run = jax_run.compiled(lambda x: ~x, x)
+    timings = _time(functools.partial(run, x), settings)
+    return timings.fields() | {"role": "ceiling", "gb_per_s": 2 * x.nbytes / timings.median / 1e9} | jax_run.versions()

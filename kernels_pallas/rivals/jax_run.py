@@ -1,0 +1,240 @@
+"""Inputs, check and timing of one grouped matmul in JAX; `product(a, b, group_sizes)` is what a family passes in.
+
+Operands by operation:
+    forward, decode, major   a = lhs [P,K]   b = rhs [E,K,N]   -> [P,N]
+    dlhs                     a = dy [P,N]    b = rhs [E,K,N]   -> [P,K]
+    drhs                     a = lhs [P,K]   b = dy [P,N]      -> [E,K,N]
+"""
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from kernels_pallas.rivals import case as cases
+from kernels_pallas.rivals import timing
+from kernels_pallas.rivals.case import Case, Settings
+
+Operands = tuple[Array, Array, Array]
+Product = Callable[[Array, Array, Array], Array]
+BETWEEN_USES = 500_000_000  # bytes between two uses of an input, ten times the L2 of an H100
+
+
+class WrongResult(AssertionError):
+    """An implementation whose result is not within tolerance; it gets no time."""
+
+
+def versions() -> dict[str, str]:
+    """Columns that say where a row was measured."""
+    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def _normal(key: Array, shape: tuple[int, ...], scale: float, dtype: str) -> Array:
+    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+
+
+normal = jax.jit(_normal, static_argnums=(1, 2, 3))
+
+
+def shapes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of operands a and b."""
+    p, e, k, n = case.rows, case.experts, case.k, case.n
+    return {"dlhs": ((p, n), (e, k, n)), "drhs": ((p, k), (p, n))}.get(case.operation, ((p, k), (e, k, n)))
+
+
+def abstract(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Operands without data."""
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for shape in shapes(case))
+    return a, b, jax.ShapeDtypeStruct((case.experts,), jnp.dtype("int32"))
+
+
+@functools.lru_cache(maxsize=1)  # one case at a time: a second would double what the device holds
+def operands(case: Case) -> tuple[Operands, ...]:
+    """Sets of random normal operands; several where one set would stay in the cache (decode)."""
+    a_shape, b_shape = shapes(case)
+    count = timing.copies(case.bytes, BETWEEN_USES) if case.operation == "decode" and on_gpu() else 1
+    sizes = jnp.asarray(case.group_sizes, jnp.int32)
+    sets = []
+    for i in range(count):
+        keys = jax.random.split(jax.random.key(i), 2)
+        a = normal(keys[0], a_shape, 1.0, case.dtype)
+        b = normal(keys[1], b_shape, 1.0 if case.operation == "drhs" else a_shape[1] ** -0.5, case.dtype)
+        if case.extent is not None and case.projection == "down":
+            # Columns beyond the extent are ignored: what stands there must not matter.
+            a = jnp.where(jnp.arange(case.k) < case.extent, a, jnp.nan).astype(a.dtype)
+        sets.append((a, b, sizes))
+    return tuple(jax.block_until_ready(sets))
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def wanted(name: str, settings: Settings) -> bool:
+    """Whether a back end of ours is to be timed: those named, or all but a few.
+
+    `ref` does E times the work, `lax` may not fit the device and has a family of its own, as `tokamax` has; and a loop
+    made for CPUs says nothing elsewhere.
+    """
+    if settings.implementations:
+        return name in settings.implementations
+    return name not in ("ref", "lax", "tokamax", *(() if jax.default_backend() == "cpu" else ("cpu_tiled",)))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _row_errors(out: Array, operands: Operands, where: tuple[Array, Array], spec: str, case: Case) -> Array:
+    """Relative norm of the error on some rows of some groups, [G]."""
+    a, b, _ = operands
+    group, rows = where
+
+    def one(args: tuple[Array, Array]) -> Array:
+        g, row = args
+        x, w = a[row].astype(jnp.float32), b[g].astype(jnp.float32)
+        y = out[row].astype(jnp.float32)
+        if case.extent is not None:
+            x, w, y = (x, w[:, : case.extent], y[:, : case.extent]) if case.projection == "up" else (
+                x[:, : case.extent], w[: case.extent], y
+            )  # fmt: skip
+        expected = jnp.einsum(spec, x, w, precision="highest")
+        return jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
+
+    return jax.lax.map(one, (group, rows))
+
+
+@functools.partial(jax.jit, static_argnums=(3,))
+def _outer_error(out: Array, a: Array, b: Array, rows: int, start: Array, size: Array, expert: Array) -> Array:
+    """Relative norm of the error of one expert's weight gradient; `rows` bounds its group."""
+    row = jnp.where(jnp.arange(rows) < size, start + jnp.arange(rows), a.shape[0])
+    x, dy = (v.at[row].get(mode="fill", fill_value=0).astype(jnp.float32) for v in (a, b))
+    expected = jnp.einsum("rk,rn->kn", x, dy, precision="highest")
+    return jnp.linalg.norm(out[expert].astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+
+
+def error(case: Case, operands: Operands, out: Array) -> float:
+    """Largest relative norm of the error over sampled groups, against float32; NaN if a valid element is not finite.
+
+    Rows: 64 of each of 8 groups, the first and last of a group among them. Weight gradients: three experts as a
+    whole, and exact zeros for the experts without rows.
+    """
+    a, b, _ = operands
+    if case.operation == "drhs":
+        expert = cases.sampled_experts(case)
+        sizes, largest = np.asarray(case.group_sizes), max(case.group_sizes)
+        errors = [_outer_error(out, a, b, largest, case.starts[e], sizes[e], e) for e in expert]
+        empty = np.flatnonzero(sizes == 0)
+        if len(empty) and not bool(jnp.all(out[empty] == 0)):
+            raise WrongResult(f"weight gradients of the {len(empty)} experts without rows are not zero")
+    else:
+        spec = "rn,kn->rk" if case.operation == "dlhs" else "rk,kn->rn"
+        errors = list(_row_errors(out, operands, cases.sampled_rows(case), spec, case))
+    return float(np.max(np.asarray(errors, np.float32)))
+
+
+def finite(case: Case, out: Array) -> bool:
+    """Whether every valid element is finite (columns beyond an extent are not valid)."""
+    columns = case.extent if case.extent is not None and case.projection == "up" else out.shape[-1]
+    return bool(jax.jit(lambda x: jnp.isfinite(x[..., :columns]).all())(out))
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Any:
+    """The executable of `function` for these arguments."""
+    return jax.jit(function).lower(*args).compile()
+
+
+def check(case: Case, out: Array, operands: Operands) -> float:
+    """The error of `out`; raises WrongResult if it is above TOLERANCE or NaN."""
+    found = error(case, operands, out)
+    if not found <= cases.TOLERANCE[case.dtype]:
+        raise WrongResult(f"relative error {found:.2e} is above {cases.TOLERANCE[case.dtype]:.0e}")
+    return found
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def time_product(
+    case: Case,
+    settings: Settings,
+    product: Product,
+    transform: Callable[[Operands], Operands] = same,
+    view: Callable[[Array], Array] = same,
+    read: Callable[[str], dict] | None = None,
+) -> dict:
+    """Columns of a row: check, time, check again that all valid elements are finite. Raises WrongResult.
+
+    `transform` changes the operands beforehand, say to another layout of the weights, and `view` a result before
+    its check; neither is timed. `read` makes further columns from the text of the compiled program.
+    """
+    originals = operands(case)
+    sets = [transform(s) for s in originals]
+    run = compiled(lambda *sets: [product(*s) for s in sets], *sets)
+    found = max(check(case, view(out), s) for out, s in zip(run(*sets), originals, strict=True))
+    batch = timing.wall_clock(lambda: run(*sets), jax.block_until_ready)
+    timings = timing.repeat(batch, settings.repeats, settings.target_ms, per_call=len(sets))
+    if not all(finite(case, view(out)) for out in run(*sets)):
+        raise WrongResult("some valid elements are not finite after the timings")
+    memory = getattr(run.memory_analysis(), "temp_size_in_bytes", None)
+    row = timings.fields() | {"relative_error": found, "temporary_bytes": memory, "input_sets": len(sets)}
+    return row | versions() | (read(run.as_text()) if read else {})
+
+
+def best_of(
+    args: tuple[Any, ...],
+    candidates: Mapping[str, Callable[..., Array]],
+    verify: Callable[[Array], Any],
+    settings: Settings,
+    known: str | None,
+) -> tuple[str, dict[str, str]]:
+    """(name of the fastest candidate on `args`, reasons of those that failed).
+
+    Compiles in parallel, checks each by `verify`, which raises, and times each a little. `known` (found by an
+    earlier run) saves the sweep. Raises RuntimeError with the first reasons if none runs.
+    """
+    if known is not None and known in candidates:
+        return known, {}
+    failures: dict[str, str] = {}
+    times = []
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        jobs = {name: pool.submit(compiled, candidate, *args) for name, candidate in candidates.items()}
+        for name, job in jobs.items():
+            try:
+                run = job.result()
+                verify(run(*args))
+                batch = timing.wall_clock(functools.partial(run, *args), jax.block_until_ready)
+                times.append((timing.repeat(batch, 3, settings.target_ms / 3).median, name))
+            except Exception as problem:
+                failures[name] = f"{type(problem).__name__}: {problem}"
+    if not times:
+        reasons = "; ".join(f"{name}: {reason[:200]}" for name, reason in list(failures.items())[:3])
+        raise RuntimeError(f"none of {len(candidates)} configurations ran ({reasons})")
+    return min(times)[1], failures
+
+
+def time_best(case: Case, settings: Settings, label: str, candidates: Mapping[str, Product]) -> dict:
+    """`time_product` of the fastest of several configurations; which one it was is a column."""
+    operand = operands(case)[0]
+    known = settings.known.get(cases.key(label, case))
+    name, failures = best_of(operand, candidates, lambda out: check(case, out, operand), settings, known)
+    row = time_product(case, settings, candidates[name])
+    return row | {"config": name, "configs_tried": len(candidates), "configs_failed": len(failures)}
+
+
+def gradient(matmul: Product, operation: str) -> Product:
+    """`product` of an operation from a differentiable matmul; what the other gradient needs is dead code."""
+
+    def dlhs(dy: Array, rhs: Array, sizes: Array) -> Array:
+        like = jnp.zeros((dy.shape[0], rhs.shape[1]), dy.dtype)
+        return jax.vjp(lambda lhs: matmul(lhs, rhs, sizes), like)[1](dy)[0]
+
+    def drhs(lhs: Array, dy: Array, sizes: Array) -> Array:
+        like = jnp.zeros((sizes.shape[0], lhs.shape[1], dy.shape[1]), lhs.dtype)
+        return jax.vjp(lambda rhs: matmul(lhs, rhs, sizes), like)[1](dy)[0]
+
+    return {"dlhs": dlhs, "drhs": drhs}.get(operation, matmul)

@@ -1,0 +1,67 @@
+"""Timing of device work, the same for every family: k calls back to back, many times, median and spread."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds of one call, one entry for each timing of `calls` calls."""
+
+    seconds: tuple[float, ...]
+    calls: int
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    def fields(self) -> dict:
+        """Columns of a row, in ms; p10 and p90 are percentiles."""
+        ms = 1e3 * np.asarray(self.seconds)
+        return {
+            "median_ms": float(np.median(ms)),
+            "min_ms": float(ms.min()),
+            "max_ms": float(ms.max()),
+            "p10_ms": float(np.percentile(ms, 10)),
+            "p90_ms": float(np.percentile(ms, 90)),
+            "repeats": len(ms),
+            "calls_per_timing": self.calls,
+        }
+
+
+def repeat(batch: Callable[[int], float], repeats: int, target_ms: float, per_call: int = 1) -> Timings:
+    """Times `batch(k)`, which runs k calls and returns the seconds they took together, `repeats` times.
+
+    The first batches warm up; k follows from them, so that one timing lasts about `target_ms` and the cost of
+    starting and of waiting at its end does not count. A call does the work `per_call` times.
+    """
+    batch(1)
+    guess = batch(2) / 2
+    k = max(1, round(1e-3 * target_ms / max(guess, 1e-7)))
+    guess = batch(k) / k
+    k = max(1, round(1e-3 * target_ms / max(guess, 1e-7)))
+    batch(k)
+    return Timings(tuple(batch(k) / (k * per_call) for _ in range(repeats)), k * per_call)
+
+
+def wall_clock(call: Callable[[], object], wait: Callable[[object], object]) -> Callable[[int], float]:
+    """A `batch` for an asynchronous `call`: k calls, then `wait` for the last result. Raises ValueError for k < 1."""
+
+    def batch(k: int) -> float:
+        if k < 1:
+            raise ValueError(f"k={k} calls must be at least 1")
+        start = time.perf_counter()
+        for _ in range(k):
+            result = call()
+        wait(result)
+        return time.perf_counter() - start
+
+    return batch
+
+
+def copies(touched_bytes: int, at_least: int, most: int = 8) -> int:
+    """How many sets of inputs to rotate among so that `at_least` bytes lie between two uses of one."""
+    return min(most, max(1, -(-at_least // max(touched_bytes, 1))))
