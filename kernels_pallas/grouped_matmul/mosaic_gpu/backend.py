@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.dispatch import default_platform
 from kernels_pallas.grouped_matmul import ffn, groups
 from kernels_pallas.grouped_matmul.ffn import GATED, Activation, Hidden, Weights
 from kernels_pallas.grouped_matmul.groups import ExtentAxis
@@ -36,9 +37,10 @@ def _plan(
     n: int,
     width: int,
 ) -> schedule.Schedule:
-    columns, depth = -(-n // width), k // rows.BLOCK_K
+    columns, depth, limit = -(-n // width), k // rows.BLOCK_K, n
     if extents is not None and extent_axis == "n":
-        columns = -(-groups.round_extents(extents, n) // width)
+        limit = groups.round_extents(extents, n)
+        columns = -(-limit // width)
     if extents is not None and extent_axis == "k":
         depth = -(-groups.round_extents(extents, k) // rows.BLOCK_K)
     return schedule.row_schedule(
@@ -46,6 +48,7 @@ def _plan(
         num_rows,
         columns,
         depth,
+        limit,
         max_columns=-(-n // width),
         block_m=config.block_m,
         cluster=config.cluster,
@@ -286,11 +289,13 @@ class Kernels:
 
 
 def _hopper() -> str | None:
-    from kernels_pallas.dispatch import default_platform
-
-    if default_platform() != "gpu":
-        return f"needs a Hopper GPU, the platform is {default_platform()}"
-    capability = getattr(jax.devices("gpu")[0], "compute_capability", None)
+    platform = default_platform()
+    if platform != "gpu":
+        return f"needs a Hopper GPU, the platform is {platform}"
+    try:
+        capability = getattr(jax.devices("gpu")[0], "compute_capability", None)
+    except RuntimeError:  # the platform is asked about, not here
+        return "needs a Hopper GPU: no GPU is visible"
     return None if capability == "9.0" else f"needs compute capability 9.0 (Hopper), the device has {capability}"
 
 

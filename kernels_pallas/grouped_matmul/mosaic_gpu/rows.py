@@ -18,7 +18,17 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels_pallas.grouped_matmul.mosaic_gpu import schedule
-from kernels_pallas.grouped_matmul.mosaic_gpu.schedule import COLUMN, COUNT, DEPTH, FIELDS, GROUP, ROW, SHARED, Schedule
+from kernels_pallas.grouped_matmul.mosaic_gpu.schedule import (
+    COLUMN,
+    COUNT,
+    DEPTH,
+    FIELDS,
+    GROUP,
+    LIMIT,
+    ROW,
+    SHARED,
+    Schedule,
+)
 
 BLOCK_K = 64
 CONSUMERS = 2
@@ -266,7 +276,23 @@ def _kernel(
                 return after
 
             shape = (wm, wn if activation is None else width)
-            return pl.run_scoped(accumulate, *[plgpu.ACC(shape, jnp.float32)] * (1 if activation is None else 2))
+            accs = [plgpu.ACC(shape, jnp.float32)] * (1 if activation is None else 2)
+            if tall:
+                return pl.run_scoped(accumulate, *accs)
+
+            def skip(k, step):
+                at = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[at])
+                plgpu.barrier_arrive(empty.at[at])
+                return step + 1
+
+            # The last tile may be half as wide: its second warpgroup leaves the tensor cores to the first.
+            return lax.cond(
+                column >= entry(slot, LIMIT),
+                lambda step: lax.fori_loop(0, depth, skip, step),
+                lambda step: pl.run_scoped(accumulate, *accs),
+                step,
+            )
 
         ring(slots[0], tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)

@@ -17,10 +17,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kernels_pallas.grouped_matmul import groups
-
 # Fields of one entry of the table, in this order.
-ROW, COUNT, GROUP, COLUMN, DEPTH, SHARED = range(6)
+ROW, COUNT, GROUP, COLUMN, DEPTH, SHARED, LIMIT = range(7)
 FIELDS = 8  # padded, so that an entry is one aligned 32-byte read
 SHARE_RHS, SHARE_LHS = 0, 1
 
@@ -46,37 +44,46 @@ def row_schedule(
     rows: int,
     columns: Int[Array, "G"] | int,
     depth: Int[Array, "G"] | int,
+    limit: Int[Array, "G"] | int,
     *,
     max_columns: int,
     block_m: int,
     cluster: int,
     band: int,
 ) -> Schedule:
-    """The schedule of a grouped matmul: `columns` column tiles and `depth` steps along K for each group.
+    """The schedule of a grouped matmul: for each group `columns` tiles that hold `limit` columns, `depth` steps along K.
 
-    Entry: first row, rows that belong to the group, group, column tile, depth, which operand the cluster shares.
+    Entry: first row, rows of the group, group, column tile, depth, which operand the cluster shares, limit.
     """
-    start, end = groups.bounds(group_sizes, rows)
-    size = end - start
+    num_groups = group_sizes.shape[0]
+    index = jnp.arange(num_groups, dtype=jnp.int32)
+    earlier = index[None, :] < index[:, None]
+
+    def sum_before(x: Array) -> Array:
+        # A masked sum is one small kernel; a cumulative sum is several.
+        return jnp.sum(jnp.where(earlier, x[None, :], 0), 1, dtype=jnp.int32)
+
+    sizes = group_sizes.astype(jnp.int32)
+    start = jnp.minimum(sum_before(sizes), rows)
+    size = jnp.minimum(start + sizes, rows) - start
     tiles = (size + block_m - 1) // block_m
     columns = jnp.broadcast_to(jnp.asarray(columns, jnp.int32), size.shape)
     depth = jnp.broadcast_to(jnp.asarray(depth, jnp.int32), size.shape)
+    limit = jnp.broadcast_to(jnp.asarray(limit, jnp.int32), size.shape)
     pairs, odd = tiles // cluster, tiles % cluster
     slots = pairs * columns + odd * ((columns + 1) // cluster)
-    last = jnp.cumsum(slots)
-    capacity = max_slots(rows, size.shape[0], max_columns, block_m, cluster)
+    first = sum_before(slots)
+    last = first + slots
+    capacity = max_slots(rows, num_groups, max_columns, block_m, cluster)
 
     slot = jnp.arange(capacity, dtype=jnp.int32)
-    # One masked sum over groups for each quantity: small, and XLA makes one kernel of all of them.
-    done = last[None, :] <= slot[:, None]
-    group = jnp.minimum(jnp.sum(done, 1, dtype=jnp.int32), size.shape[0] - 1)
-    mine = group[:, None] == jnp.arange(size.shape[0], dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(last[None, :] <= slot[:, None], 1, dtype=jnp.int32), num_groups - 1)
 
     def of_group(x: Array) -> Array:
-        return jnp.sum(jnp.where(mine, x[None, :], 0), 1, dtype=jnp.int32)[:, None]
+        return x.at[group].get(mode="promise_in_bounds")[:, None]
 
-    first, size, start = of_group(last - slots), of_group(size), of_group(start)
-    pairs, columns, depth = of_group(pairs), of_group(columns), of_group(depth)
+    first, size, start, pairs = of_group(first), of_group(size), of_group(start), of_group(pairs)
+    columns, depth, limit = of_group(columns), of_group(depth), of_group(limit)
     block = jnp.arange(cluster, dtype=jnp.int32)[None, :]
     within = slot[:, None] - first
     paired = within < pairs * columns
@@ -97,7 +104,7 @@ def row_schedule(
         column,
         jnp.broadcast_to(depth, row.shape),
         jnp.broadcast_to(jnp.where(paired, SHARE_RHS, SHARE_LHS), row.shape),
-        jnp.zeros_like(row),
+        jnp.broadcast_to(limit, row.shape),
         jnp.zeros_like(row),
     ]
     return Schedule(jnp.stack(fields, -1).reshape(-1), last[-1:])
