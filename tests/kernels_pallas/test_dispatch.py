@@ -1,5 +1,7 @@
 """The choice of a back end, on a made-up operation and on the real ones."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,16 +66,53 @@ def test_explanation_names_the_choice_and_every_refusal():
     assert operation().explain(11, implementation="small").chosen is None
 
 
-def test_explanation_needs_shapes_only():
-    told = GROUPED_FFN.explain(*specs.SHAPES["mixtral"].abstract(jnp.bfloat16), "swiglu")
+MIXTRAL = (*specs.SHAPES["mixtral"].abstract(jnp.bfloat16), "swiglu")
+
+
+def test_explanation_needs_shapes_only(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    told = GROUPED_FFN.explain(*MIXTRAL)
     assert told.chosen == "cpu_tiled"
-    assert told.refusals == {}
+    refusals = {name: reason for name, reason in told.refusals.items() if name != "tokamax"}  # it may be installed
+    assert set(refusals) == {"mosaic_gpu", "mosaic_tpu"}
+    assert refusals["mosaic_gpu"] == "needs a Hopper GPU, the platform is cpu"
+    assert "cpu" in refusals["mosaic_tpu"]
 
 
-def test_default_order_follows_the_platform(monkeypatch):
-    shapes = (*specs.SHAPES["mixtral"].abstract(jnp.bfloat16), "swiglu")
-    chosen = {}
-    for platform in ("cpu", "gpu", "tpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        chosen[platform] = GROUPED_FFN.explain(*shapes).chosen
-    assert chosen == {"cpu": "cpu_tiled", "gpu": "padded", "tpu": "padded"}
+@pytest.mark.parametrize(
+    ("platform", "order"),
+    [
+        ("cpu", ("cpu_tiled", "ref")),
+        ("gpu", ("mosaic_gpu", "padded", "ref")),
+        ("tpu", ("mosaic_tpu", "padded", "ref")),
+        ("abacus", ("padded", "ref")),
+    ],
+)
+def test_default_order_follows_the_platform(monkeypatch, platform, order):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    told = GROUPED_FFN.explain(*MIXTRAL)
+    assert told.order == order
+    assert told.chosen == next(name for name in order if name not in told.refusals)
+
+
+def no_gpu(platform):
+    raise RuntimeError(f"Unknown backend: {platform!r}")
+
+
+@pytest.mark.parametrize(
+    ("devices", "chosen", "reason"),
+    [
+        (no_gpu, "padded", "no GPU is visible"),
+        (lambda _: [types.SimpleNamespace(compute_capability="8.0")], "padded", "the device has 8.0"),
+        (lambda _: [types.SimpleNamespace(compute_capability="9.0")], "mosaic_gpu", None),
+    ],
+)
+def test_the_first_on_gpu_is_for_hopper(monkeypatch, devices, chosen, reason):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", devices)
+    told = GROUPED_FFN.explain(*MIXTRAL)
+    assert told.chosen == chosen
+    if reason is None:
+        assert "mosaic_gpu" not in told.refusals
+    else:
+        assert reason in told.refusals["mosaic_gpu"]

@@ -87,7 +87,14 @@ def product_of_pairs(
     plan = _plan(config, group_sizes, extents, extent_axis, num_rows, k, n, config.block_n)
     parts = group_sizes.shape[0] // experts
     return rows.product(
-        pairs, plan, transpose_rhs=transpose_rhs, parts=parts, dtype=dtype, config=config, interpret=interpret
+        pairs,
+        plan,
+        transpose_rhs=transpose_rhs,
+        parts=parts,
+        dtype=dtype,
+        config=config,
+        interpret=interpret,
+        narrow=extents is not None and extent_axis == "n",
     )
 
 

@@ -149,6 +149,7 @@ def _kernel(
     transpose_rhs: bool,
     parts: int,
     activation: str | None,
+    narrow: bool,
     interpret: bool,
 ) -> None:
     lhs, rhs = refs[:operands], refs[operands : 2 * operands] if activation is None else refs[operands : operands + 2]
@@ -277,7 +278,7 @@ def _kernel(
 
             shape = (wm, wn if activation is None else width)
             accs = [plgpu.ACC(shape, jnp.float32)] * (1 if activation is None else 2)
-            if tall:
+            if not narrow or tall:
                 return pl.run_scoped(accumulate, *accs)
 
             def skip(k, step):
@@ -307,8 +308,12 @@ def product(
     dtype: jnp.dtype,
     config: Config,
     interpret: bool,
+    narrow: bool = False,
 ) -> Float[Array, "P N"]:
     """out[row] = sum over pairs of lhs[row] @ rhs[expert of the row]; rows in no group are not written.
+
+    `narrow`: skip the second half of a column tile beyond a group's limit. Pays for groups of few column tiles; where all
+    groups have all columns it cost 5 to 17 % (H100, 2048 x 1024 and 2048 x 1408).
 
     All pairs have the same shapes: one kernel, one accumulator, no sum of intermediate results in memory.
     """
@@ -316,9 +321,8 @@ def product(
     columns = rhs[0].shape[1 if transpose_rhs else 2]
     b_tile = (config.block_n, BLOCK_K) if transpose_rhs else (BLOCK_K, config.block_n)
     out = result((lhs[0].shape[0], columns), dtype, plan.table, *lhs, *rhs)
-    return _call(
-        lhs, rhs, plan, [out], b_tile, 2, config, interpret, transpose_rhs=transpose_rhs, parts=parts, activation=None
-    )[0]
+    options = {"transpose_rhs": transpose_rhs, "parts": parts, "activation": None, "narrow": narrow}
+    return _call(lhs, rhs, plan, [out], b_tile, 2, config, interpret, **options)[0]
 
 
 def gated_product(
@@ -335,7 +339,7 @@ def gated_product(
 ) -> list[Float[Array, "P F"]]:
     """[act(lhs @ gate) * (lhs @ up)] and, if `save`, both products; columns of the plan are block_n / 2 wide."""
     outs = [result((lhs.shape[0], up.shape[2]), lhs.dtype, plan.table, lhs, gate, up)] * (3 if save else 1)
-    options = {"transpose_rhs": False, "parts": parts, "activation": activation}
+    options = {"transpose_rhs": False, "parts": parts, "activation": activation, "narrow": False}
     tile = (2, BLOCK_K, config.block_n // 2)
     return _call((lhs,), (gate, up), plan, outs, tile, 3, config, interpret, **options)
 

@@ -1,0 +1,263 @@
+"""The Hopper back end without a GPU: kernels under Pallas' interpreter, the schedule's laws, lowering for CUDA."""
+
+import contextlib
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.grouped_matmul import ref, specs
+from kernels_pallas.grouped_matmul.ffn import Weights
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend, outer, rows, schedule
+from kernels_pallas.moe_ffn import composed
+from kernels_pallas.moe_ffn import ref as layer_ref
+from tests.kernels_pallas.oracle import error
+
+KERNELS = backend.make(interpret=True)
+
+
+@contextlib.contextmanager
+def hopper(cores):
+    """Traced as for a Hopper GPU of so many multiprocessors."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=cores)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+@contextlib.contextmanager
+def interpreted(*, races=False):
+    with hopper(4), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=races)):
+        yield
+
+
+def normal(seed, *shape):
+    scale = shape[-2] ** -0.5 if len(shape) == 3 else 1.0
+    return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(jnp.bfloat16)
+
+
+def wide(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+
+def close(actual, expected, tolerance, valid):
+    """Each leaf; `valid` leading rows of those with a row for each row of the operands."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(x, np.float32)[: valid if x.ndim == 2 else None] for x in (a, b))
+        assert np.isfinite(b).all()
+        assert np.linalg.norm(b) > 0
+        assert error(a, b) < tolerance
+
+
+# --- interpreted ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transpose_rhs", "cluster"),
+    [
+        (False, 1),
+        (True, 2),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+        pytest.param(False, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_product_with_a_moved_back_tile_an_empty_group_a_masked_one_and_nan_in_the_tail(transpose_rhs, cluster):
+    sizes, experts, k, n = jnp.array([200, 0, 60], jnp.int32), 3, 128, 320  # 320: the last column tile is not full
+    lhs = normal(0, 272, k).at[260:].set(jnp.nan)
+    rhs = normal(1, experts, n, k) if transpose_rhs else normal(1, experts, k, n)
+    config = rows.Config(cluster=cluster, stages=2)
+    options = {"transpose_rhs": transpose_rhs, "extent_axis": "n"}
+    with interpreted():
+        out = KERNELS.product(lhs, rhs, sizes, None, dtype=jnp.bfloat16, config=config, **options)
+    close(out, ref.grouped_matmul(*wide((lhs, rhs)), sizes, **options), 5e-3, 260)
+
+
+def outer_ref(lhs, grad, sizes):
+    """Of each expert by itself, in float32."""
+    lhs, grad = np.asarray(lhs, np.float32), np.asarray(grad, np.float32)
+    ends = np.cumsum(sizes)
+    return np.stack([lhs[end - size : end].T @ grad[end - size : end] for end, size in zip(ends, sizes, strict=True)])
+
+
+@pytest.mark.parametrize("cluster", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_outer_with_every_pattern_of_empty_groups(cluster):
+    config = outer.Config(block_n=128, cluster=cluster, stages=2)
+    run = jax.jit(functools.partial(backend.outer, experts=4, extent_axis="n", dtype=jnp.bfloat16, config=config))
+    lhs, grad = normal(0, 200, 128), normal(1, 200, 128)
+    for some in itertools.product((False, True), repeat=4):
+        sizes = np.where(some, (70, 3, 61, 29), 0).astype(np.int32)
+        total = sizes.sum()
+        with interpreted():
+            out = run(lhs.at[total:].set(jnp.nan), grad.at[total:].set(jnp.nan), jnp.asarray(sizes), None)
+        expected = outer_ref(lhs, grad, sizes)
+        assert error(out, expected) < 5e-3, some
+        assert not np.any(np.asarray(out)[sizes == 0]), some
+
+
+def test_no_race_in_the_ring_of_buffers_of_a_cluster():
+    # Groups without a moved-back tile: rows that two blocks write on purpose, with the same bits, count as a race.
+    lhs, rhs, sizes = normal(0, 192, 128), normal(1, 2, 128, 256), jnp.array([128, 60], jnp.int32)
+    config, options = rows.Config(cluster=2, stages=2), {"transpose_rhs": False, "extent_axis": "n"}
+    with interpreted(races=True):
+        out = KERNELS.product(lhs, rhs, sizes, None, dtype=jnp.bfloat16, config=config, **options)
+        jax.block_until_ready(out)
+        assert not gpu_callbacks.get_races().races_found
+    close(out, ref.grouped_matmul(*wide((lhs, rhs)), sizes, **options), 5e-3, 188)
+
+
+def test_ffn_and_its_gradients_with_extents():
+    """These sizes once deadlocked a cluster, and once let NaN of a masked column into a sum."""
+    valid, (e, d, f, p) = 131, (3, 128, 192, 160)
+    sizes, extents = jnp.array([50, 20, 0, 0, 11, 50], jnp.int32), jnp.array([192, 128] * 3, jnp.int32)
+    xs, dy = normal(0, p, d).at[valid:].set(jnp.nan), normal(4, p, d).at[valid:].set(jnp.nan)
+    weights = Weights(normal(1, e, d, f), normal(2, e, d, f), normal(3, e, f, d))
+
+    def both(ffn, xs, weights):
+        y, pull = jax.vjp(lambda xs, weights: ffn(xs, sizes, weights, "swiglu", extents=extents), xs, weights)
+        return y, pull(dy.astype(y.dtype))
+
+    with interpreted():
+        y, grads = both(KERNELS.grouped_ffn, xs, weights)
+    expected, expected_grads = both(ref.grouped_ffn, *wide((xs, weights)))
+    close(y, expected, 5e-3, valid)
+    close(grads, expected_grads, 1e-2, valid)
+
+
+def test_the_whole_layer_and_its_gradients():
+    tokens, choices, (e, d, f) = 24, 2, (2, 64, 64)
+    x, dy = normal(0, tokens, d), normal(4, tokens, d)
+    weights = Weights(normal(1, e, d, f), normal(2, e, d, f), normal(3, e, f, d))
+    expert = jax.random.randint(jax.random.key(5), (tokens, choices), 0, e)
+    share = jax.random.uniform(jax.random.key(6), (tokens, choices))
+    valid = jax.random.bernoulli(jax.random.key(7), 0.8, (tokens, choices))
+
+    def both(layer, x, share, weights):
+        y, pull = jax.vjp(lambda x, share, w: layer(x, expert, share, w, "swiglu", valid), x, share, weights)
+        return y, pull(dy.astype(y.dtype))
+
+    with interpreted():
+        y, grads = both(composed.layer(composed.from_kernels(KERNELS)), x, share, weights)
+    expected, expected_grads = both(layer_ref.moe_ffn, wide(x), share, wide(weights))
+    close(y, expected, 5e-3, tokens)
+    close(grads, expected_grads, 1e-2, tokens)
+
+
+# --- the schedule -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_a_schedule_covers_every_row_and_column_tile_of_every_group_and_nothing_else(block_m, cluster):
+    num_rows, count, most, band = 1000, 6, 5, 2
+
+    @jax.jit
+    def plan(sizes, columns):
+        options = {"max_columns": most, "block_m": block_m, "cluster": cluster, "band": band}
+        return schedule.row_schedule(sizes, num_rows, columns, 3, 7, **options)
+
+    rng = np.random.default_rng(0)
+    capacity = schedule.max_slots(num_rows, count, most, block_m, cluster)
+    for trial in range(60):
+        sizes = rng.multinomial(num_rows, rng.dirichlet(np.full(count, 0.4))).astype(np.int32)
+        sizes[rng.random(count) < 0.2] = 0
+        if trial % 4 == 3:
+            sizes[-1] += num_rows  # the sum is above the rows: groups are cut off
+        columns = rng.integers(0, most + 1, count).astype(np.int32) if trial % 2 else np.full(count, most, np.int32)
+        table, slots = jax.device_get(plan(sizes, columns))
+        entries = table.reshape(-1, cluster, schedule.FIELDS)
+        assert len(entries) == capacity
+        assert 0 <= slots[0] <= capacity
+        entries = entries[: slots[0]]
+
+        ends = np.minimum(np.cumsum(sizes), num_rows)
+        starts = np.concatenate([[0], ends[:-1]])
+        done = np.zeros((num_rows, most), np.int32)
+        for row, rows_of, group, column, depth, _, limit, _ in entries.reshape(-1, schedule.FIELDS):
+            assert (depth, limit) == (3, 7)
+            assert starts[group] <= row
+            assert 0 < rows_of <= block_m
+            assert row + rows_of <= ends[group]
+            assert 0 <= column < columns[group]
+            done[row : row + rows_of, column] += 1
+        wanted = np.zeros_like(done)
+        for start, end, tiles in zip(starts, ends, columns, strict=True):
+            wanted[start:end, :tiles] = 1
+        np.testing.assert_array_equal(done > 0, wanted > 0)
+
+        # Blocks of a cluster are of one group and share the operand that the entry says.
+        assert np.all(entries[:, :, schedule.GROUP] == entries[:, :1, schedule.GROUP])
+        assert np.all(entries[:, :, schedule.SHARED] == entries[:, :1, schedule.SHARED])
+        same_rows = np.all(entries[:, :, schedule.ROW] == entries[:, :1, schedule.ROW], axis=1)
+        same_column = np.all(entries[:, :, schedule.COLUMN] == entries[:, :1, schedule.COLUMN], axis=1)
+        np.testing.assert_array_equal(
+            np.where(entries[:, 0, schedule.SHARED] == schedule.SHARE_RHS, same_column, same_rows), True
+        )
+
+
+# --- lowering and refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("olmoe", "deepseek_v2_lite") else pytest.param(name, marks=pytest.mark.slow)
+        for name, shape in specs.SHAPES.items()
+        if shape.kind == "gpu"
+    ],
+)
+def test_forward_and_backward_lower_for_cuda(name):
+    xs, sizes, weights = specs.SHAPES[name].abstract(jnp.bfloat16)
+    assert backend.refuse_weights(xs, xs.shape[0], weights, "swiglu") is None
+
+    def both(xs, sizes, weights):
+        y, pull = jax.vjp(lambda xs, weights: backend.KERNELS.grouped_ffn(xs, sizes, weights, "swiglu"), xs, weights)
+        return y, pull(xs)
+
+    with hopper(132):
+        text = jax.jit(both).trace(xs, sizes, weights).lower(lowering_platforms=("cuda",)).as_text()
+    # Forward: gated, down. Backward: dh, dx, and a gradient for each of three matrices.
+    assert text.count("custom_call @mosaic_gpu") == 7
+
+
+def weights_of(e, d, f, dtype=jnp.bfloat16, **biases):
+    return Weights(*(jax.ShapeDtypeStruct(s, dtype) for s in ((e, d, f), (e, d, f), (e, f, d))), **biases)
+
+
+@pytest.mark.parametrize(
+    ("p", "dtype", "weights", "reason"),
+    [
+        (8, jnp.float32, weights_of(2, 64, 64, jnp.float32), "bfloat16 only, not float32"),
+        (8, jnp.bfloat16, weights_of(2, 96, 64), "D=96 must be a multiple of 64"),
+        (8, jnp.bfloat16, weights_of(2, 64, 32), "F=32 must be a multiple of 64"),
+        (7, jnp.bfloat16, weights_of(2, 64, 64), "P=7 must be a multiple of 8"),
+        (8, jnp.bfloat16, weights_of(2, 64, 64, up_bias=jax.ShapeDtypeStruct((2, 64), jnp.bfloat16)), "biases"),
+        (8, jnp.bfloat16, weights_of(2, 64, 64), None),
+    ],
+)
+def test_refusals_of_an_ffn(monkeypatch, p, dtype, weights, reason):
+    monkeypatch.setattr(backend, "_hopper", lambda: None)
+    xs = jax.ShapeDtypeStruct((p, weights.up.shape[1]), dtype)
+    told = backend.refuse_ffn(xs, None, weights, "swiglu")
+    assert told is None if reason is None else reason in told
+
+
+@pytest.mark.parametrize(
+    ("p", "k", "options", "reason"),
+    [
+        (8, 96, {}, "K=96 must be a multiple of 64"),
+        (7, 64, {}, "P=7 must be a multiple of 8"),
+        (8, 64, {"transpose_rhs": True}, "N=32 must be a multiple of 64"),
+        (8, 64, {"preferred_element_type": jnp.float16}, "not float16"),
+        (8, 64, {"preferred_element_type": jnp.float32}, None),
+    ],
+)
+def test_refusals_of_a_grouped_matmul(monkeypatch, p, k, options, reason):
+    monkeypatch.setattr(backend, "_hopper", lambda: None)
+    shape = (2, 32, k) if options.get("transpose_rhs") else (2, k, 128)
+    operands = jax.ShapeDtypeStruct((p, k), jnp.bfloat16), jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    told = backend.refuse_matmul(*operands, None, **options)
+    assert told is None if reason is None else reason in told
