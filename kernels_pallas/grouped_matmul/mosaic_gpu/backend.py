@@ -67,6 +67,12 @@ def _same_axes(*arrays: Array) -> list[Array]:
     ]
 
 
+def _sum_like(grad: Array, weight: Array) -> Array:
+    """The gradient of a weight that is the same on several shards is the sum over them."""
+    axes = jax.typeof(grad).manual_axis_type.varying - jax.typeof(weight).manual_axis_type.varying
+    return lax.psum(grad, tuple(sorted(axes))) if axes else grad
+
+
 def product_of_pairs(
     pairs: Sequence[tuple[Array, Array]],
     group_sizes: Int[Array, "G"],
@@ -197,7 +203,7 @@ class Kernels:
             up=make(xs, dup, group_sizes, extents, extent_axis="n"),
             down=make(h, dy, group_sizes, extents, extent_axis="k"),
         )
-        return dx, None, grads, None
+        return dx, None, jax.tree.map(_sum_like, grads, weights), None
 
     # --- its pieces -----------------------------------------------------------------------------------
 

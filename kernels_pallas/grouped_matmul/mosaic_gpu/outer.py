@@ -9,6 +9,7 @@ Blocks, warpgroups and the ring of buffers are those of `rows.py`.
 import dataclasses
 import functools
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -16,7 +17,15 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from kernels_pallas.grouped_matmul import groups
-from kernels_pallas.grouped_matmul.mosaic_gpu.rows import CONSUMERS, SWIZZLE, free_slots, launch, result, ring, tiled
+from kernels_pallas.grouped_matmul.mosaic_gpu.rows import (
+    CONSUMERS,
+    SWIZZLE,
+    free_slots,
+    launch,
+    ring,
+    tiled,
+    varying_like,
+)
 
 BLOCK_ROWS = 64
 ALIGN = 8
@@ -110,7 +119,8 @@ def _kernel(
                 start, end = span(expert, ik if axis == "n" else ik - lax.rem(ik, cluster), jn, 0)
             else:
                 start, end = span(expert, ik, jn if axis == "k" else jn - lax.rem(jn, cluster), 0)
-            axes = {} if cluster == 1 else {"collective_axes": "cluster"}
+            axis_name = None if cluster == 1 else "cluster"
+            of_lhs, of_grad = (None, axis_name) if along_k else (axis_name, None)
 
             def fetch(i, step):
                 at = lax.rem(step, stages)
@@ -121,10 +131,10 @@ def _kernel(
 
                 rows = pl.ds((start // ALIGN + i * (BLOCK_ROWS // ALIGN)) * ALIGN, BLOCK_ROWS)
                 plgpu.copy_gmem_to_smem(
-                    lhs.at[rows, pl.ds(ik * bk, bk)], a_smem.at[at], full.at[at], **({} if along_k else axes)
+                    lhs.at[rows, pl.ds(ik * bk, bk)], a_smem.at[at], full.at[at], collective_axes=of_lhs
                 )
                 plgpu.copy_gmem_to_smem(
-                    grad.at[rows, pl.ds(jn * bn, bn)], b_smem.at[at], full.at[at], **(axes if along_k else {})
+                    grad.at[rows, pl.ds(jn * bn, bn)], b_smem.at[at], full.at[at], collective_axes=of_grad
                 )
                 return step + 1
 
@@ -252,7 +262,7 @@ def outer(
     bk, bn, stages = config.block_k, config.block_n, config.stages
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config, axis=axis, blocks=blocks),
-        out_type=result((experts, k, n), dtype, first, lhs, grad),
+        out_type=jax.ShapeDtypeStruct((experts, k, n), dtype),
         scratch_types=[
             plgpu.SMEM((stages, BLOCK_ROWS, bk), lhs.dtype, transforms=tiled(lhs.dtype)),
             plgpu.SMEM((stages, BLOCK_ROWS, bn), grad.dtype, transforms=tiled(grad.dtype)),
@@ -263,4 +273,5 @@ def outer(
         ],
         **launch(config),
     )
-    return kernel(first, last.reshape(-1), total, lhs, grad)
+    operands = (first, last.reshape(-1), total, lhs, grad)
+    return varying_like(kernel(*operands), *operands)

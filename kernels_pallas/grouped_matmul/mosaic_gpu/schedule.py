@@ -51,7 +51,7 @@ def row_schedule(
     cluster: int,
     band: int,
 ) -> Schedule:
-    """The schedule of a grouped matmul: for each group `columns` tiles that hold `limit` columns, `depth` steps along K.
+    """The schedule of a grouped matmul: a group has `columns` column tiles, `limit` columns, `depth` steps along K.
 
     Entry: first row, rows of the group, group, column tile, depth, which operand the cluster shares, limit.
     """
