@@ -182,32 +182,11 @@ def grouped_ffn(
 def _check_ffn(
     xs: Array, group_sizes: Array, w: Weights, activation: str, extents: Array | None, row_weights: Array | None
 ) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} must be one of {ACTIVATIONS}")
-    if (w.gate is not None) != (activation in GATED):
-        rule = "needs gate weights" if activation in GATED else "has no gate: pass gate=None"
-        raise ValueError(f"activation={activation!r} {rule}; gate is {'None' if w.gate is None else 'given'}")
-    if w.gate is None and w.gate_bias is not None:
-        raise ValueError(f"gate_bias given, but activation={activation!r} has no gate: pass gate_bias=None")
+    check_gate(w, activation)
     if xs.ndim != 2 or w.up.ndim != 3:
         raise ValueError(f"xs.shape={xs.shape} must be [P, D] and up.shape={w.up.shape} [E, D, F]")
-    e, d, f = w.up.shape
-    expected = {
-        "gate": (e, d, f),
-        "up": (e, xs.shape[1], f),
-        "down": (e, f, d),
-        "gate_bias": (e, f),
-        "up_bias": (e, f),
-        "down_bias": (e, d),
-    }
-    given = {name: value for name, value in w._asdict().items() if value is not None}
-    for name, value in given.items():
-        if value.shape != expected[name]:
-            raise ValueError(
-                f"{name}.shape={value.shape} must be {expected[name]} with xs.shape={xs.shape}, up.shape={w.up.shape}"
-            )
-    _check_dtype("xs", xs, **given)
-    _check_groups(group_sizes, extents, e)
+    check_weights("xs", xs, w, w.up.shape[1])
+    _check_groups(group_sizes, extents, w.up.shape[0])
     if row_weights is not None and (
         row_weights.shape != xs.shape[:1] or row_weights.dtype not in (jnp.float32, xs.dtype)
     ):
@@ -215,6 +194,38 @@ def _check_ffn(
             f"row_weights has shape {row_weights.shape} and dtype {row_weights.dtype}: it must hold one float32 or "
             f"{xs.dtype} for each of the {xs.shape[0]} rows of xs"
         )
+
+
+def check_gate(w: Weights, activation: str) -> None:
+    """Raises ValueError for an unknown activation, or a gate (or its bias) missing or superfluous."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} must be one of {ACTIVATIONS}")
+    if (w.gate is not None) != (activation in GATED):
+        rule = "needs gate weights" if activation in GATED else "has no gate: pass gate=None"
+        raise ValueError(f"activation={activation!r} {rule}; gate is {'None' if w.gate is None else 'given'}")
+    if w.gate is None and w.gate_bias is not None:
+        raise ValueError(f"gate_bias given, but activation={activation!r} has no gate: pass gate_bias=None")
+
+
+def check_weights(name: str, rows: Array, w: Weights, d: int) -> None:
+    """Raises ValueError for weights that do not fit `rows`, called `name` in messages, or the model's width d."""
+    e, _, f = w.up.shape
+    expected = {
+        "gate": (e, d, f),
+        "up": (e, rows.shape[1], f),
+        "down": (e, f, d),
+        "gate_bias": (e, f),
+        "up_bias": (e, f),
+        "down_bias": (e, d),
+    }
+    given = {key: value for key, value in w._asdict().items() if value is not None}
+    for key, value in given.items():
+        if value.shape != expected[key]:
+            raise ValueError(
+                f"{key}.shape={value.shape} must be {expected[key]} with {name}.shape={rows.shape}, "
+                f"up.shape={w.up.shape}"
+            )
+    _check_dtype(name, rows, **given)
 
 
 def _check_dtype(name: str, rows: Array, **others: Array) -> None:

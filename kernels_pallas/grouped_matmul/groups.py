@@ -83,6 +83,11 @@ def add_bias(
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: Array | None) -> Array:
     """Zeros that vary over every manual mesh axis over which one of `like` varies, as a loop's carry must."""
-    z = jnp.zeros(shape, dtype)
+    return vary(jnp.zeros(shape, dtype), *like)
+
+
+def vary(x: Array, *like: Array | None) -> Array:
+    """x, varying over every manual mesh axis over which one of `like` varies: kernels and loops mix no types."""
     axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in like if a is not None))
-    return lax.pcast(z, tuple(sorted(axes)), to="varying") if axes else z
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

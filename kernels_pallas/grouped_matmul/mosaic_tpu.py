@@ -155,11 +155,10 @@ def _call(
     kernel: Callable, plan: Visits, operands: tuple[Array, ...], out: jax.ShapeDtypeStruct, interpret: Any, **spec
 ):
     """`pallas_call` with the plan prefetched, also where arrays vary over manual mesh axes."""
-    axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in (*plan, *operands)))
+    arrays = (*plan, *operands)
 
     def cast(x: Array) -> Array:
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+        return groups.vary(x, *arrays)
 
     like = jax.typeof(cast(operands[0])).manual_axis_type
     semantics = spec.pop("dimension_semantics")

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.dispatch import Backend, Implementation, Operation
-from kernels_pallas.grouped_matmul.api import GROUPED_MATMUL
-from kernels_pallas.grouped_matmul.ffn import ACTIVATIONS, GATED, Activation, Weights
+from kernels_pallas.grouped_matmul.api import GROUPED_MATMUL, check_gate, check_weights
+from kernels_pallas.grouped_matmul.ffn import Activation, Weights
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend as mosaic_gpu
 from kernels_pallas.moe_ffn import composed, ref
 
@@ -114,23 +114,7 @@ def _check_routing(x: Array, expert: Array, weight: Array, valid: Array | None) 
 
 
 def _check_params(x: Array, params: Weights, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} must be one of {ACTIVATIONS}")
-    if (params.gate is not None) != (activation in GATED):
-        rule = "needs gate weights" if activation in GATED else "has no gate: pass gate=None"
-        raise ValueError(f"activation={activation!r} {rule}; gate is {'None' if params.gate is None else 'given'}")
-    if params.gate is None and params.gate_bias is not None:
-        raise ValueError(f"gate_bias given, but activation={activation!r} has no gate: pass gate_bias=None")
+    check_gate(params, activation)
     if params.up.ndim != 3 or params.up.shape[0] == 0:
         raise ValueError(f"up.shape={params.up.shape} must be [E, D, F] with at least one expert")
-    (e, _, f), d = params.up.shape, x.shape[1]
-    up, down, hidden, model = (e, d, f), (e, f, d), (e, f), (e, d)
-    for (name, value), shape in zip(params._asdict().items(), (up, up, down, hidden, hidden, model), strict=True):
-        if value is None:
-            continue
-        if value.shape != shape:
-            raise ValueError(
-                f"{name}.shape={value.shape} must be {shape} with x.shape={x.shape}, up.shape={params.up.shape}"
-            )
-        if value.dtype != x.dtype:
-            raise ValueError(f"{name}.dtype={value.dtype} must equal x.dtype={x.dtype}: cast one of them")
+    check_weights("x", x, params, x.shape[1])

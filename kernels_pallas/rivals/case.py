@@ -16,7 +16,12 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
 # A layer rounds at each of its steps: pre-activations, activation, result, and their gradients.
 LAYER_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 3e-3}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+BETWEEN_USES = 500_000_000  # bytes between two uses of an input, ten times the L2 of an H100
 TILE = 128  # rows of a tile: what the dense ceiling is discounted by, and the granularity of extents
+
+
+class WrongResult(AssertionError):
+    """An implementation whose result is not within tolerance; it gets no time."""
 
 
 def shares(experts: int, alpha: float, seed: int) -> np.ndarray:
@@ -50,6 +55,12 @@ class Case:
     alpha: float
     dtype: str
     group_sizes: tuple[int, ...]
+
+    @property
+    def operand_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a and b: lhs and rhs; dy and rhs for `dlhs`; lhs and dy for `drhs`."""
+        p, e, k, n = self.rows, self.experts, self.k, self.n
+        return {"dlhs": ((p, n), (e, k, n)), "drhs": ((p, k), (p, n))}.get(self.operation, ((p, k), (e, k, n)))
 
     @property
     def k(self) -> int:

@@ -83,7 +83,7 @@ def mosaic(m: int, n: int, k: int, dtype: str, settings: Settings) -> dict:
         def verify(out: Array) -> None:
             difference = out[rows].astype(jnp.float32) - expected
             if not float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected)) <= cases.TOLERANCE[dtype]:
-                raise jax_run.WrongResult("the dense example is wrong here")
+                raise cases.WrongResult("the dense example is wrong here")
 
         tried = FULL if settings.tune == "full" else SHORT
         candidates = {f"minor {c[0]} width {c[1]} warpgroups {c[2]} cluster {c[3]}": candidate(*c) for c in tried}

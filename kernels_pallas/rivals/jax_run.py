@@ -19,15 +19,10 @@ from jaxtyping import Array
 
 from kernels_pallas.rivals import case as cases
 from kernels_pallas.rivals import timing
-from kernels_pallas.rivals.case import Case, Settings
+from kernels_pallas.rivals.case import BETWEEN_USES, Case, Settings, WrongResult
 
 Operands = tuple[Array, Array, Array]
 Product = Callable[[Array, Array, Array], Array]
-BETWEEN_USES = 500_000_000  # bytes between two uses of an input, ten times the L2 of an H100
-
-
-class WrongResult(AssertionError):
-    """An implementation whose result is not within tolerance; it gets no time."""
 
 
 def versions() -> dict[str, str]:
@@ -42,22 +37,16 @@ def _normal(key: Array, shape: tuple[int, ...], scale: float, dtype: str) -> Arr
 normal = jax.jit(_normal, static_argnums=(1, 2, 3))
 
 
-def shapes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of operands a and b."""
-    p, e, k, n = case.rows, case.experts, case.k, case.n
-    return {"dlhs": ((p, n), (e, k, n)), "drhs": ((p, k), (p, n))}.get(case.operation, ((p, k), (e, k, n)))
-
-
 def abstract(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Operands without data."""
-    a, b = (jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for shape in shapes(case))
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for shape in case.operand_shapes)
     return a, b, jax.ShapeDtypeStruct((case.experts,), jnp.dtype("int32"))
 
 
 @functools.lru_cache(maxsize=1)  # one case at a time: a second would double what the device holds
 def operands(case: Case) -> tuple[Operands, ...]:
     """Sets of random normal operands; several where one set would stay in the cache (decode)."""
-    a_shape, b_shape = shapes(case)
+    a_shape, b_shape = case.operand_shapes
     count = timing.copies(case.bytes, BETWEEN_USES) if case.operation == "decode" and on_gpu() else 1
     sizes = jnp.asarray(case.group_sizes, jnp.int32)
     sets = []

@@ -110,7 +110,7 @@ def measure(case: LayerCase, settings: Settings, name: str) -> dict:
     batch = timing.wall_clock(functools.partial(executable, given), jax.block_until_ready)
     row = timing.repeat(batch, settings.repeats, settings.target_ms).fields()
     if not bool(jnp.isfinite(executable(given)["y"]).all()):
-        raise jax_run.WrongResult("some elements are not finite after the timings")
+        raise cases.WrongResult("some elements are not finite after the timings")
     analysis = executable.memory_analysis()
     if analysis is not None:
         parts = {part: getattr(analysis, f"{part}_size_in_bytes", 0) for part in ("argument", "output", "temp")}
@@ -185,5 +185,5 @@ def check(case: LayerCase, given: dict[str, Array], got: dict[str, Any]) -> floa
     worst = max(errors, key=lambda what: np.nan_to_num(errors[what], nan=np.inf))
     if not errors[worst] <= cases.LAYER_TOLERANCE[case.dtype]:
         limit = cases.LAYER_TOLERANCE[case.dtype]
-        raise jax_run.WrongResult(f"relative error of {worst} {errors[worst]:.2e} is above {limit:.0e}")
+        raise cases.WrongResult(f"relative error of {worst} {errors[worst]:.2e} is above {limit:.0e}")
     return errors[worst]

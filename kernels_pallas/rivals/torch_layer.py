@@ -69,7 +69,7 @@ def measure(case: LayerCase, settings: Settings, run: Callable[[dict], tuple[Any
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     timings = timing.repeat(torch_run.events(once), settings.repeats, settings.target_ms)
     if not bool(torch.isfinite(once()[0]).all()):
-        raise torch_run.WrongResult("some elements are not finite after the timings")
+        raise cases.WrongResult("some elements are not finite after the timings")
     clear(given)
     return timings.fields() | {"relative_error": found, "role": "rival"} | row | torch_run.versions()
 
@@ -117,5 +117,5 @@ def check(case: LayerCase, given: dict[str, Any], y: Any, routing: tuple[Any, An
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     limit = cases.LAYER_TOLERANCE[case.dtype]
     if not errors[worst] <= limit:
-        raise torch_run.WrongResult(f"relative error of {worst} {errors[worst]:.2e} is above {limit:.0e}")
+        raise cases.WrongResult(f"relative error of {worst} {errors[worst]:.2e} is above {limit:.0e}")
     return errors[worst]

@@ -13,14 +13,9 @@ import numpy as np
 
 from kernels_pallas.rivals import case as cases
 from kernels_pallas.rivals import timing
-from kernels_pallas.rivals.case import Case, Settings
+from kernels_pallas.rivals.case import BETWEEN_USES, Case, Settings, WrongResult
 
-BETWEEN_USES = 500_000_000  # bytes between two uses of an input, as in `jax_run`
 Tensors = tuple[Any, Any, Any]
-
-
-class WrongResult(AssertionError):
-    """An implementation whose result is not within tolerance; it gets no time."""
 
 
 def torch() -> Any:
@@ -49,8 +44,7 @@ def normal(seed: int, shape: tuple[int, ...], scale: float, dtype: str) -> Any:
 @functools.lru_cache(maxsize=1)  # one case at a time: a second would double what the device holds
 def operands(case: Case) -> tuple[Tensors, ...]:
     """Sets of (a, b, ends of groups int32), a and b as in `jax_run`."""
-    p, e, k, n = case.rows, case.experts, case.k, case.n
-    a_shape, b_shape = {"dlhs": ((p, n), (e, k, n)), "drhs": ((p, k), (p, n))}.get(case.operation, ((p, k), (e, k, n)))
+    a_shape, b_shape = case.operand_shapes
     count = timing.copies(case.bytes, BETWEEN_USES) if case.operation == "decode" and device() == "cuda" else 1
     ends = torch().tensor(np.cumsum(case.group_sizes), dtype=torch().int32, device=device())
     scale = 1.0 if case.operation == "drhs" else a_shape[1] ** -0.5

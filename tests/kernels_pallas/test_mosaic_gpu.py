@@ -18,7 +18,7 @@ from kernels_pallas.moe_ffn import composed
 from kernels_pallas.moe_ffn import ref as layer_ref
 from tests.kernels_pallas.oracle import error
 
-KERNELS = backend.make(interpret=True)
+KERNELS = backend.Kernels(interpret=True)
 
 
 @contextlib.contextmanager
@@ -211,7 +211,7 @@ def test_a_schedule_covers_every_row_and_column_tile_of_every_group_and_nothing_
 )
 def test_forward_and_backward_lower_for_cuda(name):
     xs, sizes, weights = specs.SHAPES[name].abstract(jnp.bfloat16)
-    assert backend.refuse_weights(xs, xs.shape[0], weights, "swiglu") is None
+    assert backend.refuse_weights(xs, weights, "swiglu") is None
 
     def both(xs, sizes, weights):
         y, pull = jax.vjp(lambda xs, weights: backend.KERNELS.grouped_ffn(xs, sizes, weights, "swiglu"), xs, weights)
@@ -269,7 +269,7 @@ def test_lowers_inside_shard_map(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(rows, "multiprocessors", lambda: 132)
     monkeypatch.setattr(tuning, "device_kind", lambda: "none")
-    kernels = backend.make()
+    kernels = backend.Kernels()
 
     def run(x, w, sizes):
         y, pull = jax.vjp(lambda x, w: kernels.grouped_ffn(x, sizes, w, "swiglu"), x, w)

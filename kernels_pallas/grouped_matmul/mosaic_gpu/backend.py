@@ -10,6 +10,7 @@ kernel. Saved for the backward: its input and the pre-activations.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,13 +59,7 @@ def _plan(
 
 def _same_axes(*arrays: Array) -> list[Array]:
     """The arrays, all varying over the manual mesh axes over which any of them does, as one kernel's operands must."""
-    axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    return [
-        lax.pcast(a, tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying)), to="varying")
-        if axes - jax.typeof(a).manual_axis_type.varying
-        else a
-        for a in arrays
-    ]
+    return [groups.vary(a, *arrays) for a in arrays]
 
 
 def _sum_like(grad: Array, weight: Array) -> Array:
@@ -104,29 +99,9 @@ def product_of_pairs(
     )
 
 
-def product(
-    lhs: Array,
-    rhs: Array,
-    group_sizes: Array,
-    extents: Array | None,
-    *,
-    transpose_rhs: bool,
-    extent_axis: ExtentAxis,
-    dtype: jnp.dtype,
-    config: rows.Config | None = None,
-    interpret: bool = False,
-) -> Array:
-    """See `vjp.Product`."""
-    return product_of_pairs(
-        [(lhs, rhs)],
-        group_sizes,
-        extents,
-        transpose_rhs=transpose_rhs,
-        extent_axis=extent_axis,
-        dtype=dtype,
-        config=config,
-        interpret=interpret,
-    )
+def product(lhs: Array, rhs: Array, group_sizes: Array, extents: Array | None, **options: Any) -> Array:
+    """See `vjp.Product`; the options are those of `product_of_pairs`."""
+    return product_of_pairs([(lhs, rhs)], group_sizes, extents, **options)
 
 
 def outer(
@@ -151,15 +126,13 @@ def outer(
     )
 
 
-def make(*, interpret: bool = False) -> "Kernels":
-    """The functions of this back end; `interpret` for a run on CPU under Pallas' interpreter of Mosaic GPU kernels."""
-    return Kernels(interpret)
-
-
 class Kernels:
-    """Grouped matmul, grouped FFN and the pieces of the whole layer."""
+    """Grouped matmul, grouped FFN and the pieces of the whole layer.
 
-    def __init__(self, interpret: bool) -> None:
+    `interpret` is for a run on CPU under Pallas' interpreter of Mosaic GPU kernels.
+    """
+
+    def __init__(self, *, interpret: bool = False) -> None:
         self.interpret = interpret
         self.product = functools.partial(product, interpret=interpret)
         self.grouped_matmul = differentiable(self.product, outer)
@@ -339,17 +312,17 @@ def refuse_matmul(
 def refuse_ffn(xs, group_sizes, weights: Weights, activation, *, extents=None, row_weights=None) -> str | None:
     """See `dispatch.Backend`."""
     del group_sizes, extents, row_weights
-    return _hopper() or refuse_weights(xs, xs.shape[0], weights, activation)
+    return _hopper() or refuse_weights(xs, weights, activation)
 
 
-def refuse_weights(x, num_rows: int, weights: Weights, activation: Activation) -> str | None:
+def refuse_weights(xs, weights: Weights, activation: Activation) -> str | None:
     """Why an FFN of these weights cannot run, on any device."""
     if any(b is not None for b in (weights.gate_bias, weights.up_bias, weights.down_bias)):
         return "has no biases yet"
     if (weights.gate is not None) != (activation in GATED):
         return "a gate without a gated activation"
     axes = {"D": weights.up.shape[1], "F": weights.up.shape[2]}
-    return refuse_shapes(x.dtype, num_rows, axes)
+    return refuse_shapes(xs.dtype, xs.shape[0], axes)
 
 
-KERNELS = make()
+KERNELS = Kernels()

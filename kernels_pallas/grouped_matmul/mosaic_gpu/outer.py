@@ -20,11 +20,14 @@ from kernels_pallas.grouped_matmul import groups
 from kernels_pallas.grouped_matmul.mosaic_gpu.rows import (
     CONSUMERS,
     SWIZZLE,
+    claim,
+    drain,
     free_slots,
+    in_cells,
     launch,
+    release_last,
     ring,
     tiled,
-    varying_like,
 )
 
 BLOCK_ROWS = 64
@@ -105,6 +108,14 @@ def _kernel(
         at = ik if axis == "k" else jn * CONSUMERS + which
         return first[expert], last[expert * blocks + jnp.minimum(at, blocks - 1)]
 
+    def longest_span(expert, ik, jn):
+        """Blocks of a cluster must take the same number of steps: the span of the first one's first columns."""
+        if along_k and axis == "k":
+            ik = ik - lax.rem(ik, cluster)
+        if not along_k and axis == "n":
+            jn = jn - lax.rem(jn, cluster)
+        return span(expert, ik, jn, 0)
+
     def depth(start, end):
         return jnp.where(end > start, (end - start // ALIGN * ALIGN + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)
 
@@ -114,21 +125,12 @@ def _kernel(
 
         def tile(slot, step):
             expert, ik, jn = place(slot)
-            # The blocks of a cluster must take the same number of steps: the range of the first block's first columns.
-            if along_k:
-                start, end = span(expert, ik if axis == "n" else ik - lax.rem(ik, cluster), jn, 0)
-            else:
-                start, end = span(expert, ik, jn if axis == "k" else jn - lax.rem(jn, cluster), 0)
+            start, end = longest_span(expert, ik, jn)
             axis_name = None if cluster == 1 else "cluster"
             of_lhs, of_grad = (None, axis_name) if along_k else (axis_name, None)
 
             def fetch(i, step):
-                at = lax.rem(step, stages)
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[at])
-
+                at = claim(empty, step, stages)
                 rows = pl.ds((start // ALIGN + i * (BLOCK_ROWS // ALIGN)) * ALIGN, BLOCK_ROWS)
                 plgpu.copy_gmem_to_smem(
                     lhs.at[rows, pl.ds(ik * bk, bk)], a_smem.at[at], full.at[at], collective_axes=of_lhs
@@ -140,11 +142,7 @@ def _kernel(
 
             return lax.fori_loop(0, depth(start, end), fetch, step)
 
-        count = ring(experts * each, tile, jnp.int32(0))
-
-        @pl.loop(jnp.maximum(count - stages, 0), count)
-        def _(step):
-            plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+        drain(empty, ring(experts * each, tile, jnp.int32(0)), stages)
 
     @pl.when(wg < CONSUMERS)
     def _multiply():
@@ -153,10 +151,7 @@ def _kernel(
 
         def tile(slot, step):
             expert, ik, jn = place(slot)
-            if along_k:
-                start, longest = span(expert, ik if axis == "n" else ik - lax.rem(ik, cluster), jn, 0)
-            else:
-                start, longest = span(expert, ik, jn if axis == "k" else jn - lax.rem(jn, cluster), 0)
+            start, longest = longest_span(expert, ik, jn)
             _, end = span(expert, ik, jn, wg)
             base, last_valid = start // ALIGN * ALIGN, total[0]
             steps, mine = depth(start, longest), depth(start, end)
@@ -197,19 +192,12 @@ def _kernel(
                     clear_lhs(at, row)
                     plgpu.wgmma(acc, a_smem.at[at].T, b_smem.at[at, :, columns])
                     plgpu.wgmma_wait(1)
-
-                    @pl.when(i > 0)
-                    def _():
-                        plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
-
+                    release_last(empty, step, stages, i > 0)
                     return step + 1
 
                 after = lax.fori_loop(0, mine, step_k, step)
                 plgpu.wgmma_wait(0)
-
-                @pl.when(mine > 0)
-                def _():
-                    plgpu.barrier_arrive(empty.at[lax.rem(after + stages - 1, stages)])
+                release_last(empty, after, stages, mine > 0)
 
                 def skip(i, step):
                     at = lax.rem(step, stages)
@@ -219,22 +207,13 @@ def _kernel(
                     return step + 1
 
                 after = lax.fori_loop(mine, steps, skip, after)
-                value = acc[...].astype(out.dtype)
-                _, cells, cell_k, cell_n = staged.shape
-                for i in range(bk // cell_k):
-                    for j in range(wn // cell_n):
-                        cell = (i * (wn // cell_n) + j) % cells
-                        plgpu.wait_smem_to_gmem(cells - 1, wait_read_only=True)
-                        staged[wg, cell] = value[i * cell_k : (i + 1) * cell_k, j * cell_n : (j + 1) * cell_n]
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(
-                            staged.at[wg, cell],
-                            out.at[
-                                expert,
-                                pl.ds(ik * bk + i * cell_k, cell_k),
-                                pl.ds(jn * bn + wg * wn + j * cell_n, cell_n),
-                            ],
-                        )
+                _, _, cell_k, cell_n = staged.shape
+
+                def send(cell, i, j):
+                    at = pl.ds(ik * bk + i * cell_k, cell_k), pl.ds(jn * bn + wg * wn + j * cell_n, cell_n)
+                    plgpu.copy_smem_to_gmem(staged.at[wg, cell], out.at[(expert, *at)])
+
+                in_cells(acc[...].astype(out.dtype), staged.at[wg], send)
                 return after
 
             return pl.run_scoped(accumulate, plgpu.ACC((bk, wn), jnp.float32))
@@ -274,4 +253,4 @@ def outer(
         **launch(config),
     )
     operands = (first, last.reshape(-1), total, lhs, grad)
-    return varying_like(kernel(*operands), *operands)
+    return groups.vary(kernel(*operands), *operands)

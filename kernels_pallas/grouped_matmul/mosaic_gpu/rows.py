@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels_pallas.grouped_matmul import groups
 from kernels_pallas.grouped_matmul.mosaic_gpu import schedule
 from kernels_pallas.grouped_matmul.mosaic_gpu.schedule import (
     COLUMN,
@@ -104,18 +105,50 @@ def launch(config: Any) -> dict[str, Any]:
     }
 
 
-def varying_like(out: Array, *operands: Array) -> Array:
-    """The result, varying over the manual mesh axes over which operands vary: a kernel does not pass them on."""
-    axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-    missing = axes - jax.typeof(out).manual_axis_type.varying
-    return lax.pcast(out, tuple(sorted(missing)), to="varying") if missing else out
-
-
 def ring(slots: Any, body: Callable, init: Any) -> Any:
     """Folds `body(slot, carry)` over this cluster's share of the slots."""
     cluster, count = lax.axis_index("grid"), lax.axis_size("grid")
     mine = (slots - cluster + count - 1) // count
     return lax.fori_loop(0, mine, lambda i, carry: body(cluster + i * count, carry), init)
+
+
+def claim(empty: Any, step: Any, stages: int) -> Any:
+    """The buffer of a step, once the consumers are done with what it held."""
+    at = lax.rem(step, stages)
+
+    @pl.when(step >= stages)
+    def _():
+        plgpu.barrier_wait(empty.at[at])
+
+    return at
+
+
+def drain(empty: Any, total: Any, stages: int) -> None:
+    """Awaits every arrival: a block of a cluster must not end while its partner still signals it."""
+
+    @pl.loop(jnp.maximum(total - stages, 0), total)
+    def _(step):
+        plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+
+
+def release_last(empty: Any, step: Any, stages: int, condition: Any) -> None:
+    """Frees the buffer of the step before `step`, if there is one."""
+
+    @pl.when(condition)
+    def _():
+        plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
+
+
+def in_cells(value: Array, staged: Any, send: Callable[[int, int, int], None]) -> None:
+    """A warpgroup's tile leaves through its staging cells in turn; `send(cell, i, j)` starts the copy of part i, j."""
+    cells, cell_m, cell_n = staged.shape
+    for i in range(value.shape[0] // cell_m):
+        for j in range(value.shape[1] // cell_n):
+            cell = (i * (value.shape[1] // cell_n) + j) % cells
+            plgpu.wait_smem_to_gmem(cells - 1, wait_read_only=True)
+            staged[cell] = value[i * cell_m : (i + 1) * cell_m, j * cell_n : (j + 1) * cell_n]
+            plgpu.commit_smem()
+            send(cell, i, j)
 
 
 def _store_rows(staged: Any, out: Any, row: Any, column: Any, count: Any, rows: int, width: int) -> None:
@@ -177,12 +210,7 @@ def _kernel(
             depth = entry(slot, DEPTH)
 
             def fetch(share, pair, k, step):
-                at = lax.rem(step, stages)
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[at])
-
+                at = claim(empty, step, stages)
                 span = pl.ds(k * BLOCK_K, BLOCK_K)
                 axis = None if config.cluster == 1 else "cluster"
                 of_lhs, of_rhs = (axis, None) if share == schedule.SHARE_LHS else (None, axis)
@@ -212,12 +240,7 @@ def _kernel(
             shares_rhs = entry(slot, SHARED) == schedule.SHARE_RHS
             return lax.cond(shares_rhs, loop(schedule.SHARE_RHS), loop(schedule.SHARE_LHS), step)
 
-        total = ring(slots[0], tile, jnp.int32(0))
-
-        # Every arrival is awaited: a block of a cluster must not end while its partner still signals it.
-        @pl.loop(jnp.maximum(total - stages, 0), total)
-        def _(step):
-            plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+        drain(empty, ring(slots[0], tile, jnp.int32(0)), stages)
 
     @pl.when(wg < CONSUMERS)
     def _multiply():
@@ -235,17 +258,15 @@ def _kernel(
                 column = column + wg * wn
 
             def store(value, out):
-                _, cells, cell_m, cell_n = staged.shape
-                for i in range(wm // cell_m):
+                _, _, cell_m, cell_n = staged.shape
+
+                def send(cell, i, j):
                     inside = jnp.clip(count - i * cell_m, 0, cell_m)
-                    for j in range(value.shape[1] // cell_n):
-                        cell = (i * (value.shape[1] // cell_n) + j) % cells
-                        plgpu.wait_smem_to_gmem(cells - 1, wait_read_only=True)
-                        staged[wg, cell] = value[i * cell_m : (i + 1) * cell_m, j * cell_n : (j + 1) * cell_n]
-                        plgpu.commit_smem()
-                        at = row + i * cell_m, column + j * cell_n
-                        _store_rows(staged_out.at[wg, cell], out, *at, inside, cell_m, cell_n)
-                        plgpu.commit_smem_to_gmem_group()
+                    at = row + i * cell_m, column + j * cell_n
+                    _store_rows(staged_out.at[wg, cell], out, *at, inside, cell_m, cell_n)
+                    plgpu.commit_smem_to_gmem_group()
+
+                in_cells(value, staged.at[wg], send)
 
             def accumulate(*accs):
                 def multiply(k, step):
@@ -260,20 +281,12 @@ def _kernel(
                     else:
                         plgpu.wgmma(accs[0], a, b_smem.at[at, :, mine_n])
                     plgpu.wgmma_wait(len(accs))  # so the step before is done, and its buffers are free
-
-                    @pl.when(k > 0)
-                    def _():
-                        plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
-
+                    release_last(empty, step, stages, k > 0)
                     return step + 1
 
                 after = lax.fori_loop(0, depth, multiply, step)
                 plgpu.wgmma_wait(0)
-
-                @pl.when(depth > 0)
-                def _():
-                    plgpu.barrier_arrive(empty.at[lax.rem(after + stages - 1, stages)])
-
+                release_last(empty, after, stages, depth > 0)
                 values = [acc[...] for acc in accs]
                 if activation is not None:
                     values = [gated(activation, *values), *values][:outputs]
@@ -363,4 +376,5 @@ def _call(lhs, rhs, plan, outs, b_tile, copies, config, interpret, **options) ->
         **launch(config),
     )
     operands = (plan.table, plan.slots, *lhs, *rhs)
-    return [varying_like(out, *operands) for out in kernel(*operands)]
+    # A kernel does not pass on over which mesh axes its operands vary.
+    return [groups.vary(out, *operands) for out in kernel(*operands)]
