@@ -22,44 +22,15 @@ from kernels_pallas.grouped_matmul import ffn, groups
 from kernels_pallas.grouped_matmul.ffn import GATED, Activation, Hidden, Weights
 from kernels_pallas.grouped_matmul.groups import ExtentAxis
 from kernels_pallas.grouped_matmul.mosaic_gpu import outer as outer_kernel
-from kernels_pallas.grouped_matmul.mosaic_gpu import rows, schedule, tuning
+from kernels_pallas.grouped_matmul.mosaic_gpu import rows, tuning
 from kernels_pallas.grouped_matmul.vjp import differentiable
 
 ALIGN = 64  # a multiple of this is what K, N, D and F must be: one swizzle of bfloat16
 
 
-def _plan(
-    config: rows.Config,
-    group_sizes: Array,
-    extents: Array | None,
-    extent_axis: ExtentAxis,
-    num_rows: int,
-    k: int,
-    n: int,
-    width: int,
-) -> schedule.Schedule:
-    columns, depth, limit = -(-n // width), k // rows.BLOCK_K, n
-    if extents is not None and extent_axis == "n":
-        limit = groups.round_extents(extents, n)
-        columns = -(-limit // width)
-    if extents is not None and extent_axis == "k":
-        depth = -(-groups.round_extents(extents, k) // rows.BLOCK_K)
-    return schedule.row_schedule(
-        group_sizes,
-        num_rows,
-        columns,
-        depth,
-        limit,
-        max_columns=-(-n // width),
-        block_m=config.block_m,
-        cluster=config.cluster,
-        band=config.band,
-    )
-
-
-def _same_axes(*arrays: Array) -> list[Array]:
+def _same_axes[T](operands: T) -> T:
     """The arrays, all varying over the manual mesh axes over which any of them does, as one kernel's operands must."""
-    return [groups.vary(a, *arrays) for a in arrays]
+    return jax.tree.map(lambda a: groups.vary(a, *jax.tree.leaves(operands)), operands)
 
 
 def _sum_like(grad: Array, weight: Array) -> Array:
@@ -79,24 +50,13 @@ def product_of_pairs(
     config: rows.Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "P N"]:
-    """out = sum over pairs of lhs @ rhs[expert], as `rows.product`, with its schedule."""
-    flat = _same_axes(*(a for pair in pairs for a in pair), group_sizes)
-    pairs, group_sizes = list(zip(flat[:-1:2], flat[1:-1:2], strict=True)), flat[-1]
+    """out = sum over pairs of lhs @ rhs[expert], as `rows.product`, with tuned tiles."""
+    pairs, group_sizes, extents = _same_axes((pairs, group_sizes, extents))
     (num_rows, k), experts = pairs[0][0].shape, pairs[0][1].shape[0]
     n = pairs[0][1].shape[1 if transpose_rhs else 2]
     config = config or tuning.for_rows(num_rows, experts, k, n, transpose_rhs)
-    plan = _plan(config, group_sizes, extents, extent_axis, num_rows, k, n, config.block_n)
-    parts = group_sizes.shape[0] // experts
-    return rows.product(
-        pairs,
-        plan,
-        transpose_rhs=transpose_rhs,
-        parts=parts,
-        dtype=dtype,
-        config=config,
-        interpret=interpret,
-        narrow=extents is not None and extent_axis == "n",
-    )
+    spans = rows.Spans(group_sizes, extents, extent_axis)
+    return rows.product(pairs, spans, transpose_rhs=transpose_rhs, dtype=dtype, config=config, interpret=interpret)
 
 
 def product(lhs: Array, rhs: Array, group_sizes: Array, extents: Array | None, **options: Any) -> Array:
@@ -116,14 +76,10 @@ def outer(
     config: outer_kernel.Config | None = None,
 ) -> Array:
     """See `vjp.Outer`."""
-    lhs, grad, group_sizes = _same_axes(lhs, grad, group_sizes)
-    if extents is not None:
-        extents = groups.round_extents(extents, lhs.shape[1] if extent_axis == "k" else grad.shape[1])
+    lhs, grad, group_sizes, extents = _same_axes((lhs, grad, group_sizes, extents))
     config = config or tuning.for_outer(lhs.shape[0], experts, lhs.shape[1], grad.shape[1])
-    parts = group_sizes.shape[0] // experts
-    return outer_kernel.outer(
-        lhs, grad, group_sizes, parts=parts, extents=extents, axis=extent_axis, dtype=dtype, config=config
-    )
+    spans = rows.Spans(group_sizes, extents, extent_axis)
+    return outer_kernel.outer(lhs, grad, spans, experts=experts, dtype=dtype, config=config)
 
 
 class Kernels:
@@ -195,18 +151,15 @@ class Kernels:
             up = self.product(xs, params.up, group_sizes, extents, transpose_rhs=False, extent_axis="n", dtype=xs.dtype)
             h = ffn.activate(activation, Hidden(None, up.astype(jnp.float32))).astype(xs.dtype)
             return h, Hidden(None, up) if save else None
-        xs, gate, up, group_sizes = _same_axes(xs, params.gate, params.up, group_sizes)
-        experts, d, f = params.up.shape
-        config = tuning.for_gated(xs.shape[0], experts, d, f)
-        plan = _plan(config, group_sizes, extents, "n", xs.shape[0], d, f, config.block_n // 2)
+        xs, gate, up, group_sizes, extents = _same_axes((xs, params.gate, params.up, group_sizes, extents))
+        config = tuning.for_gated(xs.shape[0], *params.up.shape)
         h, *hidden = rows.gated_product(
             xs,
             gate,
             up,
-            plan,
+            rows.Spans(group_sizes, extents),
             activation=activation,
             save=save,
-            parts=group_sizes.shape[0] // experts,
             config=config,
             interpret=self.interpret,
         )

@@ -14,19 +14,20 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from kernels_pallas.grouped_matmul import groups
+from kernels_pallas.grouped_matmul.groups import EXTENT_BLOCK
 from kernels_pallas.grouped_matmul.mosaic_gpu.rows import (
     CONSUMERS,
     SWIZZLE,
+    Spans,
     claim,
     drain,
     free_slots,
     in_cells,
     launch,
     release_last,
-    ring,
     tiled,
 )
 
@@ -45,27 +46,9 @@ class Config:
     band: int = 8
 
 
-def ends(
-    group_sizes: Int[Array, "G"], rows: int, parts: int, extents: Int[Array, "G"] | None, blocks: int
-) -> tuple[Int[Array, "E"], Int[Array, "E B"], Int[Array, "1"]]:
-    """(first row of each expert, row after its last row that reaches column block b, row after the last group).
-
-    With extents an expert's groups stand in the order of falling extents: the rows that reach a column come first.
-    """
-    start, end = groups.bounds(group_sizes, rows)
-    first, size = start[::parts], (end - start).reshape(-1, parts)
-    if extents is None:
-        reach = jnp.sum(size, 1, dtype=jnp.int32)[:, None] + jnp.zeros(blocks, jnp.int32)
-    else:
-        column = jnp.arange(blocks, dtype=jnp.int32) * groups.EXTENT_BLOCK
-        inside = extents.reshape(-1, parts)[:, :, None] > column
-        reach = jnp.sum(jnp.where(inside, size[:, :, None], 0), 1, dtype=jnp.int32)
-    return first, first[:, None] + reach, end[-1:]
-
-
 def _kernel(
-    first,
-    last,
+    sizes,
+    extents,
     total,
     lhs,
     grad,
@@ -78,14 +61,14 @@ def _kernel(
     meet,
     *,
     config: Config,
-    axis: str,
-    blocks: int,
+    axis: str | None,
 ):
     wg = lax.axis_index("wg")
     block = lax.axis_index("cluster")
     stages, bk, bn, cluster = config.stages, config.block_k, config.block_n, config.cluster
     wn = bn // CONSUMERS
-    experts, k, n = out.shape
+    (experts, k, n), num_rows = out.shape, lhs.shape[0]
+    parts, limit = sizes.shape[0] // experts, k if axis == "k" else n
     tiles_k, tiles_n = pl.cdiv(k, bk), pl.cdiv(n, bn)
     # Blocks of a cluster stand along K and share grad, the larger tile, unless only N has an even number of tiles.
     along_k = tiles_k % 2 == 0 or tiles_n % 2 == 1
@@ -103,18 +86,56 @@ def _kernel(
             return expert, jnp.minimum(ik * cluster + block, tiles_k - 1), jn
         return expert, ik, jnp.minimum(jn * cluster + block, tiles_n - 1)
 
-    def span(expert, ik, jn, which):
-        """(first row, row after the last) that count in the tile, in warpgroup `which`'s columns."""
-        at = ik if axis == "k" else jn * CONSUMERS + which
-        return first[expert], last[expert * blocks + jnp.minimum(at, blocks - 1)]
+    def rows_of(group, start):
+        return jnp.minimum(sizes[group], num_rows - start)
 
-    def longest_span(expert, ik, jn):
-        """Blocks of a cluster must take the same number of steps: the span of the first one's first columns."""
+    def walk(body):
+        """Folds `body(where, step)` over this block's tiles: (expert, its first row, tile along K, tile along N)."""
+
+        def first_row(expert, start, target):
+            def pass_by(state):
+                expert, start = state
+                for part in range(parts):
+                    start = start + rows_of(expert * parts + part, start)
+                return expert + 1, start
+
+            return lax.while_loop(lambda state: state[0] < target, pass_by, (expert, start))[1]
+
+        cluster, count = lax.axis_index("grid"), lax.axis_size("grid")
+        slots = experts * each
+
+        def tile(i, state):
+            expert, start, step = state
+            target, ik, jn = place(cluster + i * count)
+            start = first_row(expert, start, target)
+            return target, start, body((target, start, ik, jn), step)
+
+        zero = jnp.int32(0)
+        return lax.fori_loop(0, (slots - cluster + count - 1) // count, tile, (zero, zero, zero))[2]
+
+    def end_row(where, which):
+        """The row after the last that counts in the tile's columns (of warpgroup `which` along N).
+
+        With extents an expert's groups stand in the order of falling extents: the rows that reach a column come first.
+        """
+        expert, start, ik, jn = where
+        column = ik * bk if axis == "k" else jn * bn + which * wn
+        block = lax.div(column, jnp.int32(EXTENT_BLOCK)) * EXTENT_BLOCK
+        last = end = start
+        for part in range(parts):
+            group = expert * parts + part
+            last = last + rows_of(group, last)
+            end = last if axis is None else jnp.where(jnp.minimum(extents[group], limit) > block, last, end)
+        return end
+
+    def longest(where):
+        """Blocks of a cluster must take the same number of steps: to the end row of the first one's first columns."""
+        expert, start, ik, jn = where
         if along_k and axis == "k":
             ik = ik - lax.rem(ik, cluster)
         if not along_k and axis == "n":
             jn = jn - lax.rem(jn, cluster)
-        return span(expert, ik, jn, 0)
+        return end_row((expert, start, ik, jn), 0)
 
     def depth(start, end):
         return jnp.where(end > start, (end - start // ALIGN * ALIGN + BLOCK_ROWS - 1) // BLOCK_ROWS, 0)
@@ -123,9 +144,9 @@ def _kernel(
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def tile(slot, step):
-            expert, ik, jn = place(slot)
-            start, end = longest_span(expert, ik, jn)
+        def tile(where, step):
+            _, start, ik, jn = where
+            end = longest(where)
             axis_name = None if cluster == 1 else "cluster"
             of_lhs, of_grad = (None, axis_name) if along_k else (axis_name, None)
 
@@ -142,19 +163,18 @@ def _kernel(
 
             return lax.fori_loop(0, depth(start, end), fetch, step)
 
-        drain(empty, ring(experts * each, tile, jnp.int32(0)), stages)
+        drain(empty, walk(tile), stages)
 
     @pl.when(wg < CONSUMERS)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
         columns = pl.ds(wg * wn, wn)
 
-        def tile(slot, step):
-            expert, ik, jn = place(slot)
-            start, longest = longest_span(expert, ik, jn)
-            _, end = span(expert, ik, jn, wg)
+        def tile(where, step):
+            expert, start, ik, jn = where
+            end = end_row(where, wg)
             base, last_valid = start // ALIGN * ALIGN, total[0]
-            steps, mine = depth(start, longest), depth(start, end)
+            steps, mine = depth(start, longest(where)), depth(start, end)
 
             def accumulate(acc):
                 def clear(ref, row, low, high):
@@ -166,7 +186,7 @@ def _kernel(
 
                 def clear_lhs(at, row):
                     """Rows of lhs that may hold NaN: the tail; for "k" also foreign rows, cut at another extent."""
-                    low, high = (0, last_valid) if axis == "n" else (start, end)
+                    low, high = (0, last_valid) if axis != "k" else (start, end)
 
                     @pl.when((row < low) | (row + BLOCK_ROWS > high))
                     def _():
@@ -218,30 +238,18 @@ def _kernel(
 
             return pl.run_scoped(accumulate, plgpu.ACC((bk, wn), jnp.float32))
 
-        ring(experts * each, tile, jnp.int32(0))
+        walk(tile)
         plgpu.wait_smem_to_gmem(0)
 
 
-def outer(
-    lhs: Array,
-    grad: Array,
-    group_sizes: Int[Array, "G"],
-    *,
-    parts: int,
-    extents: Int[Array, "G"] | None,
-    axis: str,
-    dtype: jnp.dtype,
-    config: Config,
-) -> Array:
-    """[E, K, N]; `axis` ("n" or "k") is the side that `extents` limits."""
-    experts = group_sizes.shape[0] // parts
-    k, n = lhs.shape[1], grad.shape[1]
-    blocks = -(-(k if axis == "k" else n) // groups.EXTENT_BLOCK)
-    first, last, total = ends(group_sizes, lhs.shape[0], parts, extents, blocks)
+def outer(lhs: Array, grad: Array, spans: Spans, *, experts: int, dtype: jnp.dtype, config: Config) -> Array:
+    """[E, K, N]; extents limit the side that `spans` names."""
+    sizes, extents = spans.group_sizes.astype(jnp.int32), spans.extents
+    total = jnp.minimum(jnp.sum(sizes, keepdims=True), lhs.shape[0])
     bk, bn, stages = config.block_k, config.block_n, config.stages
     kernel = plgpu.kernel(
-        functools.partial(_kernel, config=config, axis=axis, blocks=blocks),
-        out_type=jax.ShapeDtypeStruct((experts, k, n), dtype),
+        functools.partial(_kernel, config=config, axis=None if extents is None else spans.extent_axis),
+        out_type=jax.ShapeDtypeStruct((experts, lhs.shape[1], grad.shape[1]), dtype),
         scratch_types=[
             plgpu.SMEM((stages, BLOCK_ROWS, bk), lhs.dtype, transforms=tiled(lhs.dtype)),
             plgpu.SMEM((stages, BLOCK_ROWS, bn), grad.dtype, transforms=tiled(grad.dtype)),
@@ -252,5 +260,5 @@ def outer(
         ],
         **launch(config),
     )
-    operands = (first, last.reshape(-1), total, lhs, grad)
+    operands = (sizes, sizes if extents is None else extents.astype(jnp.int32), total, lhs, grad)
     return groups.vary(kernel(*operands), *operands)

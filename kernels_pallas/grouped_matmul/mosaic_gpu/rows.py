@@ -8,28 +8,18 @@ arrive while the last one is stored.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import groups
+from kernels_pallas.grouped_matmul.groups import ExtentAxis
 from kernels_pallas.grouped_matmul.mosaic_gpu import schedule
-from kernels_pallas.grouped_matmul.mosaic_gpu.schedule import (
-    COLUMN,
-    COUNT,
-    DEPTH,
-    FIELDS,
-    GROUP,
-    LIMIT,
-    ROW,
-    SHARED,
-    Schedule,
-)
 
 BLOCK_K = 64
 CONSUMERS = 2
@@ -54,6 +44,14 @@ class Config:
     split: Literal["m", "n"] = "n"
     cluster: int = 1
     band: int = 8
+
+
+class Spans(NamedTuple):
+    """Which rows belong to which group, and what its extent limits: columns of the result, or depth."""
+
+    group_sizes: Int[Array, "G"]
+    extents: Int[Array, "G"] | None = None
+    extent_axis: ExtentAxis = "n"
 
 
 def multiprocessors() -> int:
@@ -105,11 +103,18 @@ def launch(config: Any) -> dict[str, Any]:
     }
 
 
-def ring(slots: Any, body: Callable, init: Any) -> Any:
-    """Folds `body(slot, carry)` over this cluster's share of the slots."""
-    cluster, count = lax.axis_index("grid"), lax.axis_size("grid")
-    mine = (slots - cluster + count - 1) // count
-    return lax.fori_loop(0, mine, lambda i, carry: body(cluster + i * count, carry), init)
+def ring(grid: schedule.Grid, sizes: Any, extents: Any, body: Callable, init: Any) -> Any:
+    """Folds `body(place, tile, carry)` over this block's tiles."""
+    block, count = lax.axis_index("cluster"), lax.axis_size("grid")
+
+    def step(state):
+        slot, place, carry = state
+        carry = body(place, schedule.tile(grid, place, slot, block), carry)
+        return slot + count, schedule.seek(grid, sizes, extents, place, slot + count), carry
+
+    slot = lax.axis_index("grid")
+    place = schedule.seek(grid, sizes, extents, schedule.begin(grid, sizes, extents), slot)
+    return lax.while_loop(lambda state: state[1].group < grid.groups, step, (slot, place, init))[2]
 
 
 def claim(empty: Any, step: Any, stages: int) -> Any:
@@ -176,9 +181,10 @@ def gated(activation: str, gate: Float[Array, "R F"], up: Float[Array, "R F"]) -
 
 
 def _kernel(
-    table: Any,
-    slots: Any,
+    sizes: Any,
+    extents: Any,
     *refs: Any,
+    grid: schedule.Grid,
     config: Config,
     operands: int,
     outputs: int,
@@ -193,27 +199,24 @@ def _kernel(
     a_smem, b_smem, stage, full, empty = refs[-5:]
     a_in, a_smem = (a_smem, a_smem) if interpret else a_smem
     staged_out, staged = (stage, stage) if interpret else stage
-    wg, block = lax.axis_index("wg"), lax.axis_index("cluster")
+    wg = lax.axis_index("wg")
     stages, bm, bn = config.stages, config.block_m, config.block_n
     wm, wn = (bm // CONSUMERS, bn) if config.split == "m" else (bm, bn // CONSUMERS)
     width = bn if activation is None else bn // 2  # columns of the result in a tile
-
-    def entry(slot, field):
-        return table[(slot * config.cluster + block) * FIELDS + field]
 
     @pl.when(wg == CONSUMERS)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def tile(slot, step):
-            row, expert, column = entry(slot, ROW), entry(slot, GROUP) // parts, entry(slot, COLUMN) * width
-            depth = entry(slot, DEPTH)
+        def tile(place, tile, step):
+            row, column, depth = tile.row, tile.column * width, place.depth
+            expert = lax.div(place.group, jnp.int32(parts))
 
-            def fetch(share, pair, k, step):
+            def fetch(shares_rhs, pair, k, step):
                 at = claim(empty, step, stages)
                 span = pl.ds(k * BLOCK_K, BLOCK_K)
                 axis = None if config.cluster == 1 else "cluster"
-                of_lhs, of_rhs = (axis, None) if share == schedule.SHARE_LHS else (None, axis)
+                of_lhs, of_rhs = (None, axis) if shares_rhs else (axis, None)
                 plgpu.copy_gmem_to_smem(
                     lhs[pair].at[pl.ds(row, bm), span], a_in.at[at], full.at[at], collective_axes=of_lhs
                 )
@@ -227,20 +230,19 @@ def _kernel(
                     plgpu.copy_gmem_to_smem(source, b_smem.at[at], full.at[at], collective_axes=of_rhs)
                 return step + 1
 
-            def loop(share):
+            def loop(shares_rhs):
                 def run(step):
                     for pair in range(operands):
-                        step = lax.fori_loop(0, depth, functools.partial(fetch, share, pair), step)
+                        step = lax.fori_loop(0, depth, functools.partial(fetch, shares_rhs, pair), step)
                     return step
 
                 return run
 
             if config.cluster == 1:
-                return loop(schedule.SHARE_RHS)(step)
-            shares_rhs = entry(slot, SHARED) == schedule.SHARE_RHS
-            return lax.cond(shares_rhs, loop(schedule.SHARE_RHS), loop(schedule.SHARE_LHS), step)
+                return loop(True)(step)
+            return lax.cond(tile.shares_rhs, loop(True), loop(False), step)
 
-        drain(empty, ring(slots[0], tile, jnp.int32(0)), stages)
+        drain(empty, ring(grid, sizes, extents, tile, jnp.int32(0)), stages)
 
     @pl.when(wg < CONSUMERS)
     def _multiply():
@@ -249,9 +251,9 @@ def _kernel(
         mine_m = pl.ds(wg * wm, wm) if tall else slice(None)
         mine_n = slice(None) if tall else pl.ds(wg * wn, wn)
 
-        def tile(slot, step):
-            row, count, column = entry(slot, ROW), entry(slot, COUNT), entry(slot, COLUMN) * width
-            depth = entry(slot, DEPTH) * operands
+        def tile(place, tile, step):
+            row, count, column = tile.row, tile.count, tile.column * width
+            depth = place.depth * operands
             if tall:
                 row, count = row + wg * wm, jnp.clip(count - wg * wm, 0, wm)
             else:
@@ -307,30 +309,26 @@ def _kernel(
 
             # The last tile may be half as wide: its second warpgroup leaves the tensor cores to the first.
             return lax.cond(
-                column >= entry(slot, LIMIT),
+                column >= place.limit,
                 lambda step: lax.fori_loop(0, depth, skip, step),
                 lambda step: pl.run_scoped(accumulate, *accs),
                 step,
             )
 
-        ring(slots[0], tile, jnp.int32(0))
+        ring(grid, sizes, extents, tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
 def product(
     pairs: Sequence[tuple[Array, Array]],
-    plan: Schedule,
+    spans: Spans,
     *,
     transpose_rhs: bool,
-    parts: int,
     dtype: jnp.dtype,
     config: Config,
     interpret: bool,
-    narrow: bool = False,
 ) -> Float[Array, "P N"]:
     """out[row] = sum over pairs of lhs[row] @ rhs[expert of the row]; rows in no group are not written.
-
-    `narrow`: skip the second half of a column tile beyond a group's limit: pays for groups of few column tiles only.
 
     All pairs have the same shapes: one kernel, one accumulator, no sum of intermediate results in memory.
     """
@@ -338,33 +336,49 @@ def product(
     columns = rhs[0].shape[1 if transpose_rhs else 2]
     b_tile = (config.block_n, BLOCK_K) if transpose_rhs else (BLOCK_K, config.block_n)
     out = jax.ShapeDtypeStruct((lhs[0].shape[0], columns), dtype)
-    options = {"transpose_rhs": transpose_rhs, "parts": parts, "activation": None, "narrow": narrow}
-    return _call(lhs, rhs, plan, [out], b_tile, 2, config, interpret, **options)[0]
+    # Skipping the second half of a column tile beyond a limit pays for groups of few column tiles only.
+    narrow = spans.extents is not None and spans.extent_axis == "n"
+    options = {"transpose_rhs": transpose_rhs, "activation": None, "narrow": narrow}
+    return _call(lhs, rhs, spans, [out], config.block_n, b_tile, 2, config, interpret, **options)[0]
 
 
 def gated_product(
     lhs: Array,
     gate: Array,
     up: Array,
-    plan: Schedule,
+    spans: Spans,
     *,
     activation: str,
     save: bool,
-    parts: int,
     config: Config,
     interpret: bool,
 ) -> list[Float[Array, "P F"]]:
-    """[act(lhs @ gate) * (lhs @ up)] and, if `save`, both products; columns of the plan are block_n / 2 wide."""
+    """[act(lhs @ gate) * (lhs @ up)] and, if `save`, both products; a tile is block_n / 2 columns of each."""
     outs = [jax.ShapeDtypeStruct((lhs.shape[0], up.shape[2]), lhs.dtype)] * (3 if save else 1)
-    options = {"transpose_rhs": False, "parts": parts, "activation": activation, "narrow": False}
-    tile = (2, BLOCK_K, config.block_n // 2)
-    return _call((lhs,), (gate, up), plan, outs, tile, 3, config, interpret, **options)
+    options = {"transpose_rhs": False, "activation": activation, "narrow": False}
+    width = config.block_n // 2
+    return _call((lhs,), (gate, up), spans, outs, width, (2, BLOCK_K, width), 3, config, interpret, **options)
 
 
-def _call(lhs, rhs, plan, outs, b_tile, copies, config, interpret, **options) -> list[Array]:
+def _call(lhs, rhs, spans, outs, width, b_tile, copies, config, interpret, **options) -> list[Array]:
     cell = SWIZZLE // jnp.dtype(outs[0].dtype).itemsize
+    sizes, extents = spans.group_sizes, spans.extents
+    grid = schedule.Grid(
+        groups=sizes.shape[0],
+        rows=lhs[0].shape[0],
+        columns=outs[0].shape[1],
+        steps=lhs[0].shape[1] // BLOCK_K,
+        block_m=config.block_m,
+        block_n=width,
+        block_k=BLOCK_K,
+        cluster=config.cluster,
+        band=config.band,
+        extent_axis=None if extents is None else spans.extent_axis,
+    )
+    options |= {"grid": grid, "config": config, "operands": len(lhs), "outputs": len(outs), "interpret": interpret}
+    options["parts"] = sizes.shape[0] // rhs[0].shape[0]
     kernel = plgpu.kernel(
-        functools.partial(_kernel, config=config, operands=len(lhs), outputs=len(outs), interpret=interpret, **options),
+        functools.partial(_kernel, **options),
         out_type=list(outs),
         scratch_types=[
             two_views((config.stages, config.block_m, BLOCK_K), lhs[0].dtype, interpret),
@@ -375,6 +389,7 @@ def _call(lhs, rhs, plan, outs, b_tile, copies, config, interpret, **options) ->
         ],
         **launch(config),
     )
-    operands = (plan.table, plan.slots, *lhs, *rhs)
+    sizes = sizes.astype(jnp.int32)
+    operands = (sizes, sizes if extents is None else extents.astype(jnp.int32), *lhs, *rhs)
     # A kernel does not pass on over which mesh axes its operands vary.
     return [groups.vary(out, *operands) for out in kernel(*operands)]

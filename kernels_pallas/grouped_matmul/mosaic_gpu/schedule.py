@@ -1,4 +1,7 @@
-"""Which tile each step of the persistent grid computes: found once on the device, before the kernel.
+"""Which tile each step of the persistent grid computes, found inside the kernel while it walks through the groups.
+
+Each warpgroup walks by itself: it keeps the group it is in, and moves on when its next slot lies beyond that group's
+last one. A table made before the kernel would cost several small kernels, which is as long as decoding one token.
 
 The rows of a group are cut into tiles of `block_m` rows. A group's last tile is moved back to end at the group's end
 when the group has `block_m` rows or more: it computes some rows twice (the same bits, so that two blocks may write
@@ -10,101 +13,126 @@ padded to one tile of rows, never to two.
 
 Order within a group: bands of `band` row tiles (pairs in a cluster), row tiles first, so that what runs at one time
 reads about as many rows as columns, and both stay in the L2 cache.
+
+Everything here is scalar int32 and runs inside a kernel (on refs) as well as outside (on arrays).
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax import lax
 
-# Fields of one entry of the table, in this order.
-ROW, COUNT, GROUP, COLUMN, DEPTH, SHARED, LIMIT = range(7)
-FIELDS = 8  # padded, so that an entry is one aligned 32-byte read
-SHARE_RHS, SHARE_LHS = 0, 1
+from kernels_pallas.grouped_matmul.groups import EXTENT_BLOCK, ExtentAxis
 
 
-class Schedule(NamedTuple):
-    """`table[(slot * cluster + block) * FIELDS + field]` and the number of slots in use, `[1]`."""
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What is known of a grouped matmul when it is compiled.
 
-    table: Int[Array, "S"]
-    slots: Int[Array, "1"]
-
-
-def max_slots(rows: int, num_groups: int, columns: int, block_m: int, cluster: int) -> int:
-    """An upper bound of the slots, for any group sizes: `columns` is the number of column tiles."""
-    tiles = -(-rows // block_m) + num_groups - 1
-    if cluster == 1:
-        return max(1, tiles * columns)
-    odd = min(num_groups, tiles)
-    return max(1, (tiles * columns + odd * (columns % 2)) // 2 + odd)
-
-
-def row_schedule(
-    group_sizes: Int[Array, "G"],
-    rows: int,
-    columns: Int[Array, "G"] | int,
-    depth: Int[Array, "G"] | int,
-    limit: Int[Array, "G"] | int,
-    *,
-    max_columns: int,
-    block_m: int,
-    cluster: int,
-    band: int,
-) -> Schedule:
-    """The schedule of a grouped matmul: a group has `columns` column tiles, `limit` columns, `depth` steps along K.
-
-    Entry: first row, rows of the group, group, column tile, depth, which operand the cluster shares, limit.
+    Attributes:
+        groups, rows: sizes of `group_sizes` and of the rows' axis.
+        columns: N, columns of the result.
+        steps: steps along K.
+        block_m, block_n, block_k: rows, columns of the result, and depth of a tile.
+        cluster, band: see above.
+        extent_axis: what a group's extent limits, its columns or its depth; None without extents.
     """
-    num_groups = group_sizes.shape[0]
-    index = jnp.arange(num_groups, dtype=jnp.int32)
-    earlier = index[None, :] < index[:, None]
 
-    def sum_before(x: Array) -> Array:
-        # A masked sum is one small kernel; a cumulative sum is several.
-        return jnp.sum(jnp.where(earlier, x[None, :], 0), 1, dtype=jnp.int32)
+    groups: int
+    rows: int
+    columns: int
+    steps: int
+    block_m: int
+    block_n: int
+    block_k: int
+    cluster: int
+    band: int
+    extent_axis: ExtentAxis | None
 
-    sizes = group_sizes.astype(jnp.int32)
-    start = jnp.minimum(sum_before(sizes), rows)
-    size = jnp.minimum(start + sizes, rows) - start
-    tiles = (size + block_m - 1) // block_m
-    columns = jnp.broadcast_to(jnp.asarray(columns, jnp.int32), size.shape)
-    depth = jnp.broadcast_to(jnp.asarray(depth, jnp.int32), size.shape)
-    limit = jnp.broadcast_to(jnp.asarray(limit, jnp.int32), size.shape)
-    pairs, odd = tiles // cluster, tiles % cluster
-    slots = pairs * columns + odd * ((columns + 1) // cluster)
-    first = sum_before(slots)
-    last = first + slots
-    capacity = max_slots(rows, num_groups, max_columns, block_m, cluster)
 
-    slot = jnp.arange(capacity, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(last[None, :] <= slot[:, None], 1, dtype=jnp.int32), num_groups - 1)
+class Place(NamedTuple):
+    """A group on the walk: its number, first slot, slots, first row, rows, limit of columns, steps along K."""
 
-    def of_group(x: Array) -> Array:
-        return x.at[group].get(mode="promise_in_bounds")[:, None]
+    group: Any
+    first: Any
+    slots: Any
+    start: Any
+    size: Any
+    limit: Any
+    depth: Any
 
-    first, size, start, pairs = of_group(first), of_group(size), of_group(start), of_group(pairs)
-    columns, depth, limit = of_group(columns), of_group(depth), of_group(limit)
-    block = jnp.arange(cluster, dtype=jnp.int32)[None, :]
-    within = slot[:, None] - first
-    paired = within < pairs * columns
 
-    wide = jnp.maximum(band * columns, 1)
-    in_band = within % wide
-    width = jnp.maximum(jnp.minimum(band, pairs - within // wide * band), 1)
-    pair = within // wide * band + in_band % width
-    left = within - pairs * columns
-    tile = jnp.where(paired, pair * cluster + block, pairs * cluster)
-    # An odd number of column tiles: the second block repeats the last one.
-    column = jnp.where(paired, in_band // width, jnp.clip(left * cluster + block, 0, jnp.maximum(columns - 1, 0)))
-    row = start + jnp.minimum(tile * block_m, jnp.maximum(size - block_m, 0))
-    fields = [
-        row,
-        jnp.broadcast_to(jnp.minimum(size, block_m), row.shape),
-        jnp.broadcast_to(group[:, None], row.shape),
-        column,
-        jnp.broadcast_to(depth, row.shape),
-        jnp.broadcast_to(jnp.where(paired, SHARE_RHS, SHARE_LHS), row.shape),
-        jnp.broadcast_to(limit, row.shape),
-        jnp.zeros_like(row),
-    ]
-    return Schedule(jnp.stack(fields, -1).reshape(-1), last[-1:])
+class Tile(NamedTuple):
+    """One tile: first row, rows of it that are the group's, column tile; whether the cluster shares the matrix."""
+
+    row: Any
+    count: Any
+    column: Any
+    shares_rhs: Any
+
+
+def _cdiv(a: Any, b: int) -> Any:
+    return lax.div(a + (b - 1), jnp.int32(b))
+
+
+def _enter(grid: Grid, sizes: Any, extents: Any, group: Any, first: Any, start: Any) -> Place:
+    """The place at a group's beginning; behind the last group a place without slots."""
+    inside = group < grid.groups
+    index = jnp.minimum(group, grid.groups - 1)
+    size = jnp.where(inside, jnp.minimum(sizes[index], grid.rows - start), 0)
+    limit, depth = jnp.int32(grid.columns), jnp.int32(grid.steps)
+    if grid.extent_axis is not None:
+        full = grid.columns if grid.extent_axis == "n" else grid.steps * grid.block_k
+        extent = jnp.minimum(jnp.maximum(extents[index], 0), full)
+        extent = jnp.minimum(_cdiv(extent, EXTENT_BLOCK) * EXTENT_BLOCK, full)
+        if grid.extent_axis == "n":
+            limit = extent
+        else:
+            depth = _cdiv(extent, grid.block_k)
+    tiles, columns = _cdiv(size, grid.block_m), _cdiv(limit, grid.block_n)
+    if grid.cluster == 1:
+        slots = tiles * columns
+    else:
+        slots = lax.shift_right_logical(tiles, 1) * columns + (tiles & 1) * _cdiv(columns, 2)
+    return Place(group, first, slots, start, size, limit, depth)
+
+
+def begin(grid: Grid, sizes: Any, extents: Any) -> Place:
+    """The first group."""
+    return _enter(grid, sizes, extents, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+
+def seek(grid: Grid, sizes: Any, extents: Any, place: Place, slot: Any) -> Place:
+    """The group of a slot, from an earlier place on; `groups` when there are fewer slots."""
+
+    def earlier(p: Place) -> Any:
+        return (slot >= p.first + p.slots) & (p.group < grid.groups)
+
+    def advance(p: Place) -> Place:
+        return _enter(grid, sizes, extents, p.group + 1, p.first + p.slots, p.start + p.size)
+
+    return lax.while_loop(earlier, advance, place)
+
+
+def tile(grid: Grid, place: Place, slot: Any, block: Any) -> Tile:
+    """What a block of the cluster computes in a slot of the place's group."""
+    cluster = grid.cluster
+    columns = _cdiv(place.limit, grid.block_n)
+    pairs = lax.div(_cdiv(place.size, grid.block_m), jnp.int32(cluster))
+    odd = _cdiv(place.size, grid.block_m) - pairs * cluster
+    within = slot - place.first
+    wide = jnp.maximum(grid.band * columns, 1)
+    bands = lax.div(within, wide)
+    in_band = within - bands * wide
+    width = jnp.maximum(jnp.minimum(grid.band, pairs - bands * grid.band), 1)
+    column = lax.div(in_band, width)
+    index = (bands * grid.band + in_band - column * width) * cluster + block
+    shares_rhs = jnp.bool_(True)
+    if cluster > 1:
+        shares_rhs = (within < pairs * columns) | (odd == 0)
+        # An odd number of column tiles: the second block repeats the last one.
+        left = jnp.minimum((within - pairs * columns) * cluster + block, columns - 1)
+        index, column = jnp.where(shares_rhs, index, pairs * cluster), jnp.where(shares_rhs, column, left)
+    row = place.start + jnp.minimum(index * grid.block_m, jnp.maximum(place.size - grid.block_m, 0))
+    return Tile(row, jnp.minimum(place.size, grid.block_m), column, shares_rhs)
