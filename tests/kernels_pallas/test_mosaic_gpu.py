@@ -98,15 +98,23 @@ def test_outer_with_every_pattern_of_empty_groups(cluster):
         assert not np.any(np.asarray(out)[sizes == 0]), some
 
 
-def test_no_race_in_the_ring_of_buffers_of_a_cluster():
-    # Whole tiles and an even number of column tiles: what two blocks write on purpose, the same bits, counts as a race.
-    lhs, rhs, sizes = normal(0, 256, 128), normal(1, 2, 128, 512), jnp.array([128, 128], jnp.int32)
+@pytest.mark.parametrize("sizes", [(128, 128), (128, 60)])
+def test_no_race_in_the_ring_of_buffers_of_a_cluster(monkeypatch, sizes):
+    # No tile is moved back and columns are an even number of tiles: what two blocks write on purpose, the same bits,
+    # counts as a race.
+    if sizes[1] % 64:
+        # The interpreter counts copies where the hardware counts groups of them, empty ones too, so that it lets a
+        # masked store's staging cell go too early or too late. Here every store is awaited; whole tiles test the wait.
+        wait = plgpu.wait_smem_to_gmem
+        monkeypatch.setattr(plgpu, "wait_smem_to_gmem", lambda n, **options: wait(0, **options))
+    valid = sum(sizes)
+    lhs, rhs = normal(0, valid + -valid % 8, 128), normal(1, 2, 128, 512)
     config, options = rows.Config(cluster=2, stages=2), {"transpose_rhs": False, "extent_axis": "n"}
     with interpreted(races=True):
-        out = KERNELS.product(lhs, rhs, sizes, None, dtype=jnp.bfloat16, config=config, **options)
+        out = KERNELS.product(lhs, rhs, jnp.array(sizes, jnp.int32), None, dtype=jnp.bfloat16, config=config, **options)
         jax.block_until_ready(out)
         assert not gpu_callbacks.get_races().races_found
-    close(out, ref.grouped_matmul(*wide((lhs, rhs)), sizes, **options), 5e-3, 256)
+    close(out, ref.grouped_matmul(*wide((lhs, rhs)), jnp.array(sizes, jnp.int32), **options), 5e-3, valid)
 
 
 def test_ffn_and_its_gradients_with_extents():

@@ -33,6 +33,7 @@ class Config:
     Attributes:
         block_m, block_n: tile of a block; BLOCK_K columns of lhs are taken at a time.
         stages: tiles of operands in flight.
+        cells: pieces of the result that a warpgroup has on their way out, each 64 rows of one swizzle.
         split: which side of the tile the two multiplying warpgroups divide.
         cluster: blocks that share an operand's copy, 1 or 2.
         band: clusters' row tiles that are worked on together.
@@ -41,6 +42,7 @@ class Config:
     block_m: int = 128
     block_n: int = 256
     stages: int = 4
+    cells: int = 2
     split: Literal["m", "n"] = "n"
     cluster: int = 1
     band: int = 8
@@ -191,7 +193,6 @@ def _kernel(
     transpose_rhs: bool,
     parts: int,
     activation: str | None,
-    narrow: bool,
     interpret: bool,
 ) -> None:
     lhs, rhs = refs[:operands], refs[operands : 2 * operands] if activation is None else refs[operands : operands + 2]
@@ -298,22 +299,7 @@ def _kernel(
 
             shape = (wm, wn if activation is None else width)
             accs = [plgpu.ACC(shape, jnp.float32)] * (1 if activation is None else 2)
-            if not narrow or tall:
-                return pl.run_scoped(accumulate, *accs)
-
-            def skip(k, step):
-                at = lax.rem(step, stages)
-                plgpu.barrier_wait(full.at[at])
-                plgpu.barrier_arrive(empty.at[at])
-                return step + 1
-
-            # The last tile may be half as wide: its second warpgroup leaves the tensor cores to the first.
-            return lax.cond(
-                column >= place.limit,
-                lambda step: lax.fori_loop(0, depth, skip, step),
-                lambda step: pl.run_scoped(accumulate, *accs),
-                step,
-            )
+            return pl.run_scoped(accumulate, *accs)
 
         ring(grid, sizes, extents, tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
@@ -336,9 +322,7 @@ def product(
     columns = rhs[0].shape[1 if transpose_rhs else 2]
     b_tile = (config.block_n, BLOCK_K) if transpose_rhs else (BLOCK_K, config.block_n)
     out = jax.ShapeDtypeStruct((lhs[0].shape[0], columns), dtype)
-    # Skipping the second half of a column tile beyond a limit pays for groups of few column tiles only.
-    narrow = spans.extents is not None and spans.extent_axis == "n"
-    options = {"transpose_rhs": transpose_rhs, "activation": None, "narrow": narrow}
+    options = {"transpose_rhs": transpose_rhs, "activation": None}
     return _call(lhs, rhs, spans, [out], config.block_n, b_tile, 2, config, interpret, **options)[0]
 
 
@@ -355,7 +339,7 @@ def gated_product(
 ) -> list[Float[Array, "P F"]]:
     """[act(lhs @ gate) * (lhs @ up)] and, if `save`, both products; a tile is block_n / 2 columns of each."""
     outs = [jax.ShapeDtypeStruct((lhs.shape[0], up.shape[2]), lhs.dtype)] * (3 if save else 1)
-    options = {"transpose_rhs": False, "activation": activation, "narrow": False}
+    options = {"transpose_rhs": False, "activation": activation}
     width = config.block_n // 2
     return _call((lhs,), (gate, up), spans, outs, width, (2, BLOCK_K, width), 3, config, interpret, **options)
 
@@ -383,7 +367,7 @@ def _call(lhs, rhs, spans, outs, width, b_tile, copies, config, interpret, **opt
         scratch_types=[
             two_views((config.stages, config.block_m, BLOCK_K), lhs[0].dtype, interpret),
             plgpu.SMEM((config.stages, *b_tile), rhs[0].dtype, transforms=tiled(rhs[0].dtype)),
-            two_views((CONSUMERS, 2, 64, cell), outs[0].dtype, interpret),
+            two_views((CONSUMERS, config.cells, 64, cell), outs[0].dtype, interpret),
             plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
             free_slots(config),
         ],

@@ -2,12 +2,24 @@
 
 `tuned/<device>.json` is written by `scripts/tune_kernels.py`: for each operation and shape the fastest configuration
 and its time. Nearest: the smallest sum of squared differences of the logarithms of rows per expert, E, K and N.
+
+    {"device": ..., "versions": {"jax": ..., "jaxlib": ...}, "commit": ...,
+     "choices": [{"operation": ..., "rows": P, "experts": E, "k": K, "n": N, "config": {...}, "seconds": ...,
+                  "default_seconds": ..., "spread": ..., "tried": ..., ...}]}
+
+`seconds` and `default_seconds` are medians of one call with this configuration and with the rule's, timed in turn;
+`spread` is the larger distance of their 10th and 90th percentiles; `tried` counts timed configurations.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
 import json
 import math
 import pathlib
+from collections.abc import Generator
+from typing import Any, cast
 
 import jax
 
@@ -16,12 +28,63 @@ from kernels_pallas.grouped_matmul.mosaic_gpu import outer, rows
 FOLDER = pathlib.Path(__file__).with_name("tuned")
 DECODE_ROWS = 32  # mean rows of an expert up to which reading the matrices is what takes time
 
+Config = rows.Config | outer.Config
+CONFIGS: dict[str, type[rows.Config] | type[outer.Config]] = {
+    "forward": rows.Config,
+    "transposed": rows.Config,
+    "gated": rows.Config,
+    "outer": outer.Config,
+}
+"""By operation: rows times matrices, times their transposes, gate and up with the activation, gradient of matrices."""
+SIZES = ("rows", "experts", "k", "n")
+
+_forced: contextvars.ContextVar[tuple[str, Config, list[bool]] | None] = contextvars.ContextVar("forced", default=None)
+
+
+def path_of(device: str) -> pathlib.Path:
+    """The file of a device kind."""
+    return FOLDER / f"{device.replace(' ', '_')}.json"
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """A file of measured choices.
+
+    Raises:
+      ValueError: it is not of the form above, or names an operation, or a field of a configuration, that is not there.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it, or delete it and tune again") from error
+    choices = found.get("choices") if isinstance(found, dict) else None
+    if not isinstance(choices, list):
+        raise ValueError(f"{path} must be an object with a list of choices: restore it, or delete it and tune again")
+    for i, choice in enumerate(choices):
+        if problem := _problem(choice):
+            raise ValueError(f"{path}: choices[{i}] {problem}: remove this choice, or tune again")
+    return found
+
+
+def _problem(choice: Any) -> str | None:
+    if not isinstance(choice, dict) or choice.get("operation") not in CONFIGS:
+        return f"must have an operation of {', '.join(CONFIGS)}"
+    for name in SIZES:
+        if type(choice.get(name)) is not int or choice[name] < 1:
+            return f"has {name}={choice.get(name)!r}, which must be a whole number above 0"
+    for name in ("seconds", "default_seconds"):
+        if not isinstance(choice.get(name), int | float) or not choice[name] > 0:
+            return f"has {name}={choice.get(name)!r}, which must be a time above 0"
+    config, fields = choice.get("config"), dataclasses.fields(CONFIGS[choice["operation"]])
+    if not isinstance(config, dict) or config.keys() - {f.name for f in fields}:
+        return f"has config={config!r}, which must be an object of {', '.join(f.name for f in fields)}"
+    return None
+
 
 @functools.cache
 def table(device: str) -> list[dict]:
-    """The measured choices for a device kind; empty if there are none."""
-    path = FOLDER / f"{device.replace(' ', '_')}.json"
-    return json.loads(path.read_text())["choices"] if path.exists() else []
+    """The measured choices for a device kind; empty if there are none. Raises ValueError for a damaged file."""
+    path = path_of(device)
+    return read(path)["choices"] if path.exists() else []
 
 
 def device_kind() -> str:
@@ -44,23 +107,51 @@ def nearest(operation: str, num_rows: int, experts: int, k: int, n: int) -> dict
     return best["config"] if best is not None and distance(best) <= 4.0 else None
 
 
+def default(operation: str, num_rows: int, experts: int) -> Config:
+    """The rule where nothing was measured."""
+    if operation == "outer":
+        return outer.Config()
+    if operation == "gated":
+        return rows.Config(split="m")  # warpgroups divide the rows, so that each holds gate and up of its own
+    return rows.Config(block_m=64) if num_rows / experts <= DECODE_ROWS else rows.Config()
+
+
+@contextlib.contextmanager
+def using(operation: str, config: Config) -> Generator[None]:
+    """What is traced within takes `config` for `operation`, whatever its shape: for the tuner and for tests.
+
+    Raises:
+      RuntimeError: nothing asked for a configuration of the operation, so that `config` had no effect.
+    """
+    asked: list[bool] = []
+    token = _forced.set((operation, config, asked))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+    if not asked:
+        raise RuntimeError(f"no kernel asked for the configuration of operation={operation!r}: {config} had no effect")
+
+
+def choose(operation: str, num_rows: int, experts: int, k: int, n: int) -> Config:
+    """The configuration of an operation on these sizes."""
+    if (forced := _forced.get()) is not None and forced[0] == operation:
+        forced[2].append(True)
+        return forced[1]
+    found = nearest(operation, num_rows, experts, k, n)
+    return default(operation, num_rows, experts) if found is None else CONFIGS[operation](**found)
+
+
 def for_rows(num_rows: int, experts: int, k: int, n: int, transpose_rhs: bool) -> rows.Config:
     """Configuration of `rows.product`."""
-    found = nearest("transposed" if transpose_rhs else "forward", num_rows, experts, k, n)
-    if found is not None:
-        return rows.Config(**found)
-    if num_rows / experts <= DECODE_ROWS:
-        return rows.Config(block_m=64)
-    return rows.Config()
+    return cast(rows.Config, choose("transposed" if transpose_rhs else "forward", num_rows, experts, k, n))
 
 
 def for_gated(num_rows: int, experts: int, d: int, f: int) -> rows.Config:
-    """Configuration of `rows.gated_product`: warpgroups divide the rows, so that each holds gate and up of its own."""
-    found = nearest("gated", num_rows, experts, d, f)
-    return rows.Config(**found) if found is not None else rows.Config(split="m")
+    """Configuration of `rows.gated_product`."""
+    return cast(rows.Config, choose("gated", num_rows, experts, d, f))
 
 
 def for_outer(num_rows: int, experts: int, k: int, n: int) -> outer.Config:
     """Configuration of `outer.outer`."""
-    found = nearest("outer", num_rows, experts, k, n)
-    return outer.Config(**found) if found is not None else outer.Config()
+    return cast(outer.Config, choose("outer", num_rows, experts, k, n))

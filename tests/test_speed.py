@@ -1,0 +1,53 @@
+"""experiments.speed: a row for each back end and pass, from one tiny config."""
+
+import dataclasses
+
+import pytest
+
+from experiments import speed
+from moejax.results import read_rows
+from tests.small import quick_compilation, small_config
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture
+def one_device():
+    with quick_compilation():
+        yield
+
+
+def config_of_two_layers():
+    config = small_config(steps=4, batch_size=8)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=16))
+
+
+def test_a_row_for_each_back_end_and_pass_and_one_that_refuses_says_why(tmp_path):
+    said = []
+    code = speed.measure(config_of_two_layers(), ["auto", "ref", "mosaic_gpu"], tmp_path / "r.jsonl", 2, said.append)
+    assert code == 0
+    rows = {(row.row, row.metric): row for row in read_rows(tmp_path / "r.jsonl")}
+    assert len(rows) == 6
+    for name in ("cpu_tiled", "ref"):  # auto is written under the name of what it chose
+        for which in ("train", "evaluate"):
+            row = rows[name, f"tokens_per_s/{which}"]
+            assert row.value is not None
+            assert row.extra["p10"] <= row.value <= row.extra["p90"]
+            assert row.extra["repeats"] == 2
+    assert rows["ref", "tokens_per_s/train"].extra["first_loss"] == pytest.approx(
+        rows["cpu_tiled", "tokens_per_s/train"].extra["first_loss"], rel=1e-4
+    )
+    refused = rows["mosaic_gpu", "tokens_per_s/train"]
+    assert refused.value is None
+    assert "Hopper" in refused.extra["not_run"]
+
+
+def test_losses_that_differ_are_no_figures(tmp_path, monkeypatch):
+    timed = {which: speed.Timed((1.0,), 1.0, {}) for which in ("train", "evaluate")}
+    losses = iter([2.0, 2.5])
+    monkeypatch.setattr(speed, "time_passes", lambda *args: (timed, next(losses)))
+    said = []
+    code = speed.measure(config_of_two_layers(), ["auto", "ref"], tmp_path / "r.jsonl", 1, said.append)
+    assert code == 1
+    assert {row.row for row in read_rows(tmp_path / "r.jsonl")} == {"cpu_tiled"}
+    assert any("WRONG: ref" in line for line in said)
