@@ -54,7 +54,8 @@ def product_of_pairs(
     pairs, group_sizes, extents = _same_axes((pairs, group_sizes, extents))
     (num_rows, k), experts = pairs[0][0].shape, pairs[0][1].shape[0]
     n = pairs[0][1].shape[1 if transpose_rhs else 2]
-    config = config or tuning.for_rows(num_rows, experts, k, n, transpose_rhs)
+    cut = extents is not None and extent_axis == "n"
+    config = config or tuning.for_rows(num_rows, experts, k, n, transpose_rhs, cut_columns=cut)
     spans = rows.Spans(group_sizes, extents, extent_axis)
     return rows.product(pairs, spans, transpose_rhs=transpose_rhs, dtype=dtype, config=config, interpret=interpret)
 

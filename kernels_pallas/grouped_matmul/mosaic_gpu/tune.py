@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import faulthandler
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -28,7 +29,6 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 
 from kernels_pallas.grouped_matmul import specs
@@ -90,7 +90,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.until = time.monotonic() + 60 * self.minutes
-        self.commit, self.versions = commit(), {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+        self.commit, self.versions = commit(), {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")}
         self.table = tuning.read(self.path) if self.path.exists() else {"choices": []}
         if self.table.get("device", self.device) != self.device:
             raise ValueError(

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import jax
 
+from kernels_pallas.grouped_matmul.groups import EXTENT_BLOCK
 from kernels_pallas.grouped_matmul.mosaic_gpu import outer, rows
 
 FOLDER = pathlib.Path(__file__).with_name("tuned")
@@ -113,7 +114,8 @@ def default(operation: str, num_rows: int, experts: int) -> Config:
         return outer.Config()
     if operation == "gated":
         return rows.Config(split="m")  # warpgroups divide the rows, so that each holds gate and up of its own
-    return rows.Config(block_m=64) if num_rows / experts <= DECODE_ROWS else rows.Config()
+    # Few rows: narrow tiles, so that even few groups with rows keep all multiprocessors reading, and deep buffers.
+    return rows.Config(block_m=64, block_n=128, stages=8) if num_rows / experts <= DECODE_ROWS else rows.Config()
 
 
 @contextlib.contextmanager
@@ -142,9 +144,15 @@ def choose(operation: str, num_rows: int, experts: int, k: int, n: int) -> Confi
     return default(operation, num_rows, experts) if found is None else CONFIGS[operation](**found)
 
 
-def for_rows(num_rows: int, experts: int, k: int, n: int, transpose_rhs: bool) -> rows.Config:
-    """Configuration of `rows.product`."""
-    return cast(rows.Config, choose("transposed" if transpose_rhs else "forward", num_rows, experts, k, n))
+def for_rows(
+    num_rows: int, experts: int, k: int, n: int, transpose_rhs: bool, *, cut_columns: bool = False
+) -> rows.Config:
+    """Configuration of `rows.product`; `cut_columns`: some groups take only their leading columns, say half of them."""
+    config = cast(rows.Config, choose("transposed" if transpose_rhs else "forward", num_rows, experts, k, n))
+    half = -(-n // (2 * EXTENT_BLOCK)) * EXTENT_BLOCK
+    if cut_columns and half % config.block_n and half % 192 == 0:  # e.g. F = 768: half is two tiles, not one and a half
+        return dataclasses.replace(config, block_m=128, block_n=192, stages=4, split="m")
+    return config
 
 
 def for_gated(num_rows: int, experts: int, d: int, f: int) -> rows.Config:
