@@ -4,9 +4,9 @@
         [--implementations=auto,padded,lax] [--repeats=20] [--vocab_size=8192]
 
 Appends one results row for each back end and pass: median tokens per second with its spread, the time to compile, peak
-memory. The loss of the first step must agree between back ends, or the command fails. One that refuses the config
-or runs out of memory gets a row without a value that says so. Tokens are random, so the router's load is that of an
-untrained one.
+memory. Loss and gradient norm of the first step must agree between back ends, or the command fails. One that refuses
+the config or runs out of memory gets a row without a value that says so. Tokens are random, so the router's load is
+that of an untrained one.
 """
 
 import dataclasses
@@ -28,8 +28,11 @@ from moejax.results import ResultRow, append_rows, environment_facts
 from moejax.train import Trainer, score_fn
 
 PAPER, TABLE = "speed", "end_to_end"
-LOSS_TOLERANCE = 1e-2
-"""Relative difference of first losses between back ends: they round bfloat16 at different places."""
+TOLERANCE = 1e-2
+"""Relative difference of first loss and gradient norm between back ends: they round bfloat16 at different places."""
+
+First = tuple[float, float]
+"""Loss and gradient norm of the first step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +73,12 @@ def peak_bytes() -> int | None:
     return stats.get("peak_bytes_in_use") if stats else None
 
 
-def time_passes(config: ExperimentConfig, mesh: jax.sharding.Mesh, repeats: int) -> tuple[dict[str, Timed], float]:
-    """Training step and evaluation of a batch by the config's back end; and the loss of the first step."""
+def time_passes(
+    config: ExperimentConfig, mesh: jax.sharding.Mesh, repeats: int
+) -> tuple[dict[str, Timed], tuple[float, float]]:
+    """Training step and evaluation of a batch by the config's back end; loss and gradient norm of the first step."""
     trainer = Trainer(config, np.ones(config.model.vocab_size, np.int32), mesh)
-    state, losses = trainer.init(), []
+    state, steps = trainer.init(), []
     host = random_batch(config, config.train.accumulate)
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.TOKEN_AXES))
     batch = {name: jax.device_put(value, spec) for name, value in host.items()}
@@ -81,7 +86,7 @@ def time_passes(config: ExperimentConfig, mesh: jax.sharding.Mesh, repeats: int)
     def step() -> Any:
         nonlocal state
         state, result = trainer.step(state, batch)
-        losses.append(result.loss)
+        steps.append((result.loss, result.grad_norm))
         return result.loss
 
     found: dict[str, Timed] = {}
@@ -92,11 +97,16 @@ def time_passes(config: ExperimentConfig, mesh: jax.sharding.Mesh, repeats: int)
     params, router_state, key = state.params, state.router_state, jax.random.key(0)
     seconds, compiled = repeat(lambda: score(params, router_state, flat, None, key)[0], repeats)
     found["evaluate"] = Timed(seconds, compiled, {"peak_bytes": peak_bytes()})
-    return found, float(losses[0])
+    loss, grad_norm = steps[0]
+    return found, (float(loss), float(grad_norm))
 
 
 def rows_of(
-    config: ExperimentConfig, shared: dict[str, Any], name: str, timed: dict[str, Timed] | str, loss: float | None
+    config: ExperimentConfig,
+    shared: dict[str, Any],
+    name: str,
+    timed: dict[str, Timed] | str,
+    first: tuple[float, float] | None,
 ) -> list[ResultRow]:
     """A row for each pass; `timed` as text: why there are no times."""
     tokens, rows = config.train.batch_size * config.data.seq_len, []
@@ -110,7 +120,8 @@ def rows_of(
             value = tokens / float(np.median(one.seconds))
             low, high = np.percentile(one.seconds, [10, 90])
             more |= {"p10": tokens / float(high), "p90": tokens / float(low), "repeats": len(one.seconds)}
-            more |= {"first_call_seconds": one.compile_seconds, "first_loss": loss, **one.extra}
+            more |= {"first_call_seconds": one.compile_seconds, **one.extra}
+            more |= dict(zip(("first_loss", "first_grad_norm"), first or (), strict=False))
         rows.append(
             ResultRow(**shared, row=name, metric=f"tokens_per_s/{which}", unit="tokens/s", value=value, extra=more)
         )
@@ -126,7 +137,8 @@ def measure(config: ExperimentConfig, names: list[str], output: Path, repeats: i
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.token_shards(mesh)
     validate.check_devices(config, shards)
-    facts, first = environment_facts(), None
+    facts = environment_facts()
+    expected: First | None = None
     shared: dict[str, Any] = {
         "kind": "value", "paper": PAPER, "table": TABLE, "scale": config.scale, "config": config.name,
         "config_hash": config_hash(config), "batch_shape": (config.train.batch_size, config.data.seq_len),
@@ -137,13 +149,13 @@ def measure(config: ExperimentConfig, names: list[str], output: Path, repeats: i
     for name in names:
         moe = dataclasses.replace(config.model.moe, implementation=name)
         mine = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
-        loss: float | None = None
+        first: First | None = None
         timed: dict[str, Timed] | str
         label = name
         try:
             chosen = session.grouped_matmul_facts(mine, shards)["implementation"]
             label = chosen if name == "auto" else name
-            timed, loss = time_passes(mine, mesh, repeats)
+            timed, first = time_passes(mine, mesh, repeats)
         except ConfigError as error:
             if "cannot run here" not in str(error) and "refuse" not in str(error):
                 raise
@@ -151,15 +163,18 @@ def measure(config: ExperimentConfig, names: list[str], output: Path, repeats: i
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            timed = "out of memory: " + str(error).splitlines()[0][:200]
+            lines = str(error).splitlines()
+            timed = "out of memory: " + next(line for line in lines if "RESOURCE_EXHAUSTED" in line).strip()[:200]
         gc.collect()  # the state of the last back end must not count against the next
-        if loss is not None:
-            first = loss if first is None else first
-            if not abs(loss - first) <= LOSS_TOLERANCE * abs(first):
-                say(f"WRONG: {label} has the loss {loss:.5f} after one step, the first back end {first:.5f}: no row")
+        if first is not None:
+            expected = expected or first
+            if not np.allclose(first, expected, rtol=TOLERANCE, atol=0):
+                say(
+                    f"WRONG: {label} has (loss, gradient norm) {first} in step one, the first back end {expected}: no row"
+                )
                 agree = False
                 continue
-        rows = rows_of(mine, shared, label, timed, loss)
+        rows = rows_of(mine, shared, label, timed, first)
         append_rows(output, rows)
         for row in rows:
             value = row.extra.get("not_run") if row.value is None else f"{row.value:,.0f} tokens/s"

@@ -34,18 +34,18 @@ def test_a_row_for_each_back_end_and_pass_and_one_that_refuses_says_why(tmp_path
             assert row.value is not None
             assert row.extra["p10"] <= row.value <= row.extra["p90"]
             assert row.extra["repeats"] == 2
-    assert rows["ref", "tokens_per_s/train"].extra["first_loss"] == pytest.approx(
-        rows["cpu_tiled", "tokens_per_s/train"].extra["first_loss"], rel=1e-4
-    )
+    ours, ref = (rows[name, "tokens_per_s/train"].extra for name in ("cpu_tiled", "ref"))
+    for name in ("first_loss", "first_grad_norm"):
+        assert ours[name] == pytest.approx(ref[name], rel=1e-4)
     refused = rows["mosaic_gpu", "tokens_per_s/train"]
     assert refused.value is None
     assert "Hopper" in refused.extra["not_run"]
 
 
-def test_losses_that_differ_are_no_figures(tmp_path, monkeypatch):
+def test_gradients_that_differ_are_no_figures(tmp_path, monkeypatch):
     timed = {which: speed.Timed((1.0,), 1.0, {}) for which in ("train", "evaluate")}
-    losses = iter([2.0, 2.5])
-    monkeypatch.setattr(speed, "time_passes", lambda *args: (timed, next(losses)))
+    firsts = iter([(2.0, 1.0), (2.0, 1.1)])
+    monkeypatch.setattr(speed, "time_passes", lambda *args: (timed, next(firsts)))
     said = []
     code = speed.measure(config_of_two_layers(), ["auto", "ref"], tmp_path / "r.jsonl", 1, said.append)
     assert code == 1
