@@ -169,9 +169,7 @@ def measure(config: ExperimentConfig, names: list[str], output: Path, repeats: i
         if first is not None:
             expected = expected or first
             if not np.allclose(first, expected, rtol=TOLERANCE, atol=0):
-                say(
-                    f"WRONG: {label} has (loss, gradient norm) {first} in step one, the first back end {expected}: no row"
-                )
+                say(f"WRONG: {label} has loss and gradient norm {first} in step one, the first {expected}: no row")
                 agree = False
                 continue
         rows = rows_of(mine, shared, label, timed, first)

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
@@ -27,7 +26,6 @@ from kernels_pallas.rivals.case import BETWEEN_USES, TOLERANCE, WrongResult
 
 DTYPE = jnp.bfloat16
 ALPHA = 5.0  # of the Dirichlet distribution of the groups
-DUEL_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -218,20 +216,30 @@ class Bench:
                 if error > most:
                     raise WrongResult(f"result {j} of set {i}: a row's relative error is {error:.2e}, above {most:g}")
 
-    def time(self, run: Callable[..., Any]) -> timing.Timings:
-        """Of one kernel call; the sets take turns."""
-        batch = timing.wall_clock(lambda: run(self.sets), jax.block_until_ready)
-        if self.settings.interpret:
-            return timing.Timings((batch(1),), 1)
-        return timing.repeat(batch, self.settings.repeats, self.settings.target_ms, per_call=len(self.sets))
+    def time(self, *runs: Callable[..., Any], rounds: int = 1) -> list[timing.Timings]:
+        """Of one kernel call, for each of the programs; the sets take turns.
 
-    def duel(self, *runs: Callable[..., Any]) -> list[timing.Timings]:
-        """Timings of each, in turn, so that a device that slows down does so for all."""
-        rounds = [[self.time(run) for run in runs] for _ in range(1 if self.settings.interpret else DUEL_ROUNDS)]
-        return [
-            timing.Timings(tuple(itertools.chain.from_iterable(t.seconds for t in mine)), mine[0].calls)
-            for mine in zip(*rounds, strict=True)
+        The programs take turns too, timing by timing: a card at its power limit changes its clock by more than
+        configurations differ, but for both of two timings in a row. Compare the pairs: see `compared`.
+        """
+        batches = [timing.wall_clock(lambda run=run: run(self.sets), jax.block_until_ready) for run in runs]
+        if self.settings.interpret:
+            return [timing.Timings((batch(1),), 1) for batch in batches]
+        each, target = len(self.sets), self.settings.target_ms
+        calls = [timing.repeat(batch, 1, target, per_call=each).calls // each for batch in batches]
+        seconds = [
+            [batch(k) / (k * each) for batch, k in zip(batches, calls, strict=True)]
+            for _ in range(self.settings.repeats * rounds)
         ]
+        return [timing.Timings(mine, k * each) for mine, k in zip(zip(*seconds, strict=True), calls, strict=True)]
+
+
+def compared(old: timing.Timings, new: timing.Timings) -> tuple[float, float]:
+    """(median of new / old over pairs of timings, half of the 90 % interval of this median, by bootstrap)."""
+    ratios = np.divide(new.seconds, old.seconds)
+    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), [5, 95])
+    return float(np.median(ratios)), float(high - low) / 2
 
 
 @functools.partial(jax.jit, static_argnums=(1,))

@@ -8,8 +8,9 @@
 Two rounds for each operation and shape. First the default, an earlier choice, and every tile with as many stages as fit
 shared memory; then the fastest few of these (`--survivors`) with other clusters and orders and with a stage less.
 Every candidate is checked against float32 before it is timed; a wrong one is reported, gets no time and makes the exit
-code 1. At last the fastest and the default are timed in turn, and the fastest is taken if it gains more than the
-spread.
+code 1. A candidate is timed in turn with the default, so that a change of the card's clock counts for both: its
+seconds are the default's times the median ratio. At last the fastest meets the default anew, for longer, and is
+taken if it gains more than the uncertainty of that ratio.
 
 The file is written after every candidate. A call goes on where the last one on the same commit, JAX and device ended;
 a candidate during which the process died is passed over. `--again` times everything anew.
@@ -29,17 +30,17 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from kernels_pallas.grouped_matmul import specs
 from kernels_pallas.grouped_matmul.bench import DECODE_ROWS
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, candidates, tuning
 from kernels_pallas.grouped_matmul.mosaic_gpu.candidates import first_round, label, most_candidates, second_round
-from kernels_pallas.grouped_matmul.mosaic_gpu.trial import DTYPE, Bench, Problem, Settings, interpreted, lower
-from kernels_pallas.rivals import command, timing
+from kernels_pallas.grouped_matmul.mosaic_gpu.trial import DTYPE, Bench, Problem, Settings, compared, interpreted, lower
+from kernels_pallas.rivals import command
 from kernels_pallas.rivals.case import WrongResult
 from kernels_pallas.rivals.rows import commit
 
+FINAL_ROUNDS = 3  # as many timings decide as a candidate has, times this
 HANGS = 120  # seconds after which a candidate that was started counts as hanging
 
 
@@ -52,12 +53,6 @@ def write(path: pathlib.Path, table: dict[str, Any]) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def spread(timings: timing.Timings) -> float:
-    """Seconds from the 10th to the 90th percentile."""
-    low, high = np.percentile(timings.seconds, [10, 90])
-    return float(high - low)
 
 
 @dataclasses.dataclass
@@ -197,7 +192,7 @@ class Search:
         try:
             with watched(self.sweep.settings):
                 self.bench.check(program)
-                timings = self.bench.time(program)
+                seconds = self.seconds(config, program)
         except WrongResult as error:
             self.failed.add(config)
             self.sweep.wrong.append(f"WRONG RESULT, not taken: {self.problem}: {name}: {error}")
@@ -206,12 +201,23 @@ class Search:
         except KeyboardInterrupt:
             self.note({})
             raise
-        self.tried[config] = self.timed[name] = timings.median
+        self.tried[config] = self.timed[name] = seconds
         self.programs[config] = program
-        first = self.tried.get(self.default, timings.median)
-        ratio = f"{first / timings.median:.3f} of the default's speed"
-        say(f"{self.problem}: {len(self.tried)} {name}: {1e3 * timings.median:.4g} ms, {ratio}")
+        ratio = f"{self.tried.get(self.default, seconds) / seconds:.3f} of the default's speed"
+        say(f"{self.problem}: {len(self.tried)} {name}: {1e3 * seconds:.4g} ms, {ratio}")
         self.note({})
+
+    def seconds(self, config: tuning.Config, program: Any) -> float:
+        """Of one call, at the clock that the default was timed at."""
+        if config == self.default or self.default not in self.tried:
+            return self.bench.time(program)[0].median
+        return self.tried[self.default] * compared(*self.bench.time(self.program(self.default), program))[0]
+
+    def program(self, config: tuning.Config) -> Any:
+        """Compiled if it is not yet, as where an earlier call timed it."""
+        if config not in self.programs:
+            (self.programs[config],) = self.compile([config])
+        return self.programs[config]
 
     def note(self, more: dict[str, Any]) -> None:
         """Writes what is known so far, unless that would replace an earlier choice by less."""
@@ -235,17 +241,12 @@ class Search:
         if rival is None:
             seconds = self.tried[self.default]
             return self.keep(self.default, seconds, seconds, 0.0, complete)
-        pair = [self.default, rival]
-        missing = [c for c in pair if c not in self.programs]
-        self.programs |= dict(zip(missing, self.compile(missing) if missing else [], strict=True))
-        old, new = self.bench.duel(*(self.programs[c] for c in pair))
-        noise = max(spread(old), spread(new))
-        better = old.median - new.median > noise
-        chosen, seconds = (rival, new.median) if better else (self.default, old.median)
-        self.keep(chosen, seconds, old.median, noise, complete)
-        gain = (
-            f"{label(rival)} {1e3 * new.median:.4g} ms, default {1e3 * old.median:.4g} ms, spread {1e3 * noise:.2g} ms"
-        )
+        old, new = self.bench.time(self.program(self.default), self.program(rival), rounds=FINAL_ROUNDS)
+        ratio, noise = compared(old, new)
+        better = 1 - ratio > noise
+        chosen, seconds = (rival, ratio * old.median) if better else (self.default, old.median)
+        self.keep(chosen, seconds, old.median, noise * old.median, complete)
+        gain = f"{label(rival)} takes {ratio:.4f} +- {noise:.4f} of the default's {1e3 * old.median:.4g} ms"
         self.sweep.say(f"{self.problem}: takes {'it' if better else 'the default'}: {gain}")
 
 

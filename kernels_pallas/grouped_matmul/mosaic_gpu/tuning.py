@@ -7,8 +7,8 @@ and its time. Nearest: the smallest sum of squared differences of the logarithms
      "choices": [{"operation": ..., "rows": P, "experts": E, "k": K, "n": N, "config": {...}, "seconds": ...,
                   "default_seconds": ..., "spread": ..., "tried": ..., ...}]}
 
-`seconds` and `default_seconds` are medians of one call with this configuration and with the rule's, timed in turn;
-`spread` is the larger distance of their 10th and 90th percentiles; `tried` counts timed configurations.
+`default_seconds` is the median of one call with the rule's configuration, `seconds` that with this one, timed in turn;
+`spread` is the uncertainty of their difference (half a 90 % interval); `tried` counts timed configurations.
 """
 
 import contextlib
