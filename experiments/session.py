@@ -1,11 +1,17 @@
 """What the commands share: flags and errors, reading a config, opening a workdir safely, and the facts in it."""
 
+import contextlib
 import dataclasses
+import datetime
+import errno
+import fcntl
 import importlib.util
 import json
+import os
 import shlex
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +21,24 @@ from absl import app, flags, logging
 
 import kernels_pallas
 from kernels_pallas.grouped_matmul.ffn import Weights
-from moejax import count, validate
+from moejax import checkpoint, count, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash, from_mapping, to_dict
 from moejax.data import Corpus
 from moejax.experts import GATED
+from moejax.interrupt import EXIT_CODE
 from moejax.results import ResultsError, environment_facts, write_atomically
 
 BINDING = ("model", "data", "train", "init_from")
 """Groups of fields that a workdir's checkpoints depend on; evaluation, table and mesh may change between calls."""
-FREE = ("cache_dir", "log_every", "checkpoint_every", "keep_checkpoints")
-"""Fields in those groups that change no number."""
+FREE = ("root", "cache_dir", "log_every", "checkpoint_every", "keep_checkpoints")
+"""Fields in those groups that change no number. What the texts are is held by their hash, wherever they lie."""
 SCORED = ("max_tokens",)
 """Fields of ``eval`` that validation scores depend on: the best checkpoint is chosen among equal ones only."""
-
+SESSION = ("command", "commit", "dirty", "device", "device_count", "process_count", "versions")
+"""Facts of ``env.json`` that may differ from call to call; ``sessions`` keeps those of each."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LOCK = ".lock"
+"""File in a workdir in use, locked by the process that uses it; it names that process."""
 
 Define = Callable[[flags.FlagValues, list[str] | None], None]
 """``(values, argv)``; argv None: that of the process."""
@@ -39,14 +50,17 @@ def launch(define: Define, command: Command) -> None:
 
     What a user can mend is one paragraph on standard error and exit code 2, without a traceback.
     """
-    define(flags.FLAGS, None)
     logging.set_verbosity(logging.WARNING)  # JAX's notes on platforms that are not there
 
     def parser(argv: list[str]) -> list[str]:
         code = guarded(lambda: parse_flags(argv, flags.FLAGS))
         return argv[:1] if code == 0 else sys.exit(code)
 
-    app.run(lambda argv: sys.exit(guarded(lambda: command(flags.FLAGS))), flags_parser=parser)
+    try:
+        define(flags.FLAGS, None)
+        app.run(lambda argv: sys.exit(guarded(lambda: command(flags.FLAGS))), flags_parser=parser)
+    except KeyboardInterrupt:  # also a second one, while the first is dealt with
+        sys.exit(interrupted())
 
 
 def call(define: Define, command: Command, arguments: Sequence[str]) -> int:
@@ -62,12 +76,30 @@ def call(define: Define, command: Command, arguments: Sequence[str]) -> int:
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """Exit code of ``action``; an error that a user can mend is printed and gives 2."""
+    """Exit code of ``action``; an error that a user can mend is printed and gives 2, Ctrl-C 130."""
     try:
         return action() or 0
     except (ConfigError, ResultsError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: the disk is full{where}: what was finished is kept; make room, and the same command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return interrupted()
+
+
+def interrupted() -> int:
+    """Says so, and returns the exit code."""
+    print("interrupted: what was finished is kept; the same command goes on", file=sys.stderr, flush=True)
+    return EXIT_CODE
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
@@ -123,36 +155,101 @@ def read_config(config_dict: Any) -> ExperimentConfig:
     return config
 
 
-def open_workdir(workdir: Path, config: ExperimentConfig) -> None:
-    """Makes the folder and writes ``config.json``, unless it holds a run with another config.
+@contextlib.contextmanager
+def open_workdir(workdir: Path, config: ExperimentConfig, corpus: Corpus) -> Generator[None]:
+    """Makes the folder, keeps other processes out of it, and writes ``config.json``, unless it holds a run with another
+    config or other texts.
 
     Raises:
-      ConfigError: the folder cannot be written, or holds another run; the message lists the fields that differ.
+      ConfigError: the folder cannot be written, is in use, or holds another run; the message lists what differs.
     """
-    stored = workdir / "config.json"
-    new = to_dict(config)
-    if stored.exists():
+    with contextlib.ExitStack() as stack:
         try:
-            old = json.loads(stored.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{stored} is not JSON ({error}): restore it, or use another --workdir") from error
-        different = [
-            line for group in BINDING for line in _differences(old.get(group), new.get(group), f"config.{group}")
-        ]
-        for name in SCORED:
-            different += _differences(old.get("eval", {}).get(name), new["eval"][name], f"config.eval.{name}")
-        if different:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_alone(workdir))
+            different = _other_run(workdir, config, corpus)
+            if different:
+                raise ConfigError(
+                    f"--workdir={workdir} holds a run with another config: {'; '.join(different[:8])}. "
+                    "Use another --workdir, or the old settings to continue that run."
+                )
+            text = json.dumps(to_dict(config), indent=1, sort_keys=True) + "\n"
+            write_atomically(workdir / "config.json", text)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
             raise ConfigError(
-                f"--workdir={workdir} holds a run with another config: {'; '.join(different[:8])}. "
-                "Use another --workdir, or the old settings to continue that run."
-            )
+                f"--workdir={workdir} cannot be written ({error.strerror}): choose a folder that you may write"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Generator[None]:
+    """Holds the lock of a workdir. The system frees it when the process ends, however that ends.
+
+    Raises:
+      ConfigError: another process holds it.
+    """
+    if jax.process_index():
+        yield
+        return
+    path = workdir / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 400).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise ConfigError(
+                f"--workdir={workdir} is in use by {holder}: two runs in one folder would overwrite each other. "
+                "Wait for that process or stop it, or use another --workdir"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)  # the one before us removed the file while we opened it
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(stored, json.dumps(new, indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir} cannot be written ({error.strerror}): choose a folder that you may write"
-        ) from error
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The JSON object of a file of the workdir; {} if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): restore it, or use another --workdir") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object: restore it, or use another --workdir")
+    return value
+
+
+def _other_run(workdir: Path, config: ExperimentConfig, corpus: Corpus) -> list[str]:
+    """What differs from the run that the workdir holds, a line each; [] for none."""
+    old, new = _stored(workdir / "config.json"), to_dict(config)
+    if not old:
+        return []
+    different = [line for group in BINDING for line in _differences(old.get(group), new.get(group), f"config.{group}")]
+    for name in SCORED:
+        different += _differences(old.get("eval", {}).get(name), new["eval"][name], f"config.eval.{name}")
+    before = _stored(workdir / "env.json").get("data", {})
+    root = f"data.root was {old.get('data', {}).get('root')!r}, is {config.data.root!r}"
+    for name, what, value in (("hash", "texts", corpus.hash), ("tokenizer_hash", "tokenizer", corpus.tokenizer.hash)):
+        if before.get(name, value) != value:
+            different.append(f"the {what}: hash was {before[name]}, is {value} ({root})")
+    return different
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:
@@ -197,8 +294,40 @@ def grouped_matmul_facts(config: ExperimentConfig, token_shards: int) -> dict[st
     return {"implementation": explanation.chosen, "refused": explanation.refusals, "rows": pairs}
 
 
-def write_env(workdir: Path, config: ExperimentConfig, corpus: Corpus, token_shards: int) -> dict[str, Any]:
-    """Writes ``env.json``: command, commit, device, versions, back end, parameters and data; returns it."""
+def begin_from(workdir: Path, config: ExperimentConfig) -> dict[str, Any] | None:
+    """Which weights the run of a workdir begins from (:func:`moejax.checkpoint.origin`): those that ``init_from`` meant
+    when the workdir was begun, so that a later call, or a later seed, begins from the same. None: from none.
+
+    Raises:
+      ConfigError: ``init_from`` leads to no finished checkpoint.
+    """
+    if not config.init_from:
+        return None
+    known = _stored(workdir / "env.json").get("init_from")
+    if known or checkpoint.steps_in(workdir / "checkpoints"):
+        return known  # a run under way needs it no more
+    return checkpoint.origin(config.init_from)
+
+
+def keep_programs(corpus: Corpus) -> None:
+    """Compiled programs are kept in the data cache, unless the user chose a place (``JAX_COMPILATION_CACHE_DIR``)."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", str(corpus.cache_dir / "programs"))
+
+
+def write_env(
+    workdir: Path,
+    config: ExperimentConfig,
+    corpus: Corpus,
+    token_shards: int,
+    origin: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes ``env.json``: command, commit, device, versions, back end, parameters and data; returns it.
+
+    ``sessions`` lists the calls that worked in this folder, the present one last: a run that was continued elsewhere
+    shows it.
+    """
+    before = _stored(workdir / "env.json")
     parameters = count.parameters(config.model)
     facts = {
         "command": command_line(),
@@ -212,9 +341,21 @@ def write_env(workdir: Path, config: ExperimentConfig, corpus: Corpus, token_sha
             "hash": corpus.hash,
             "stats": corpus.stats(),
             "tokenizer": corpus.tokenizer.name,
+            "tokenizer_hash": corpus.tokenizer.hash,
             "epochs": corpus.epochs(config.train.steps * config.train.batch_size * config.data.seq_len),
         },
     }
+    if origin is not None:
+        facts["init_from"] = origin
+    session = {name: facts[name] for name in SESSION}
+    session |= {
+        "time": _now(),
+        "host": socket.gethostname(),
+        "from_step": max(checkpoint.steps_in(workdir / "checkpoints"), default=0),
+        "implementation": facts["grouped_matmul"]["implementation"],
+    }
+    earlier = before.get("sessions") or ([{k: before[k] for k in SESSION if k in before}] if before else [])
+    facts["sessions"] = [*earlier, session]
     write_atomically(workdir / "env.json", json.dumps(facts, indent=1, sort_keys=True) + "\n")
     return facts
 

@@ -15,14 +15,18 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax import checkpoint, count, metrics
+from moejax import checkpoint, count, metrics, watch
 from moejax.config import ConfigError, ExperimentConfig, config_hash, to_dict
-from moejax.data import Corpus, eval_batches, train_iterator
+from moejax.data import TOKEN_CLASSES, Corpus, TokenClassifier, eval_batches, train_iterator
 from moejax.evaluate import DomainScore, bits_per_byte
-from moejax.model import moe_layer_ids
-from moejax.progress import TrainProgress
+from moejax.interrupt import Interrupt
+from moejax.meter import Meter
+from moejax.model import build, moe_layer_ids
+from moejax.progress import TrainProgress, show_load
+from moejax.recompile import Watched
 from moejax.sharding import TOKEN_AXES, put_batch
-from moejax.train import Interrupt, Meter, Scorer, Trainer, TrainState, score_fn
+from moejax.train import Scorer, Trainer, TrainState, score_fn, split
+from moejax.types import MoEMetrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +63,52 @@ def resolve_vocab(config: ExperimentConfig, corpus: Corpus) -> ExperimentConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-class Run:
-    """One training run in one workdir."""
+def check_origin(origin: dict[str, Any], config: ExperimentConfig, corpus: Corpus) -> None:
+    """Whether the weights that :func:`moejax.checkpoint.origin` told of are still there and fit; reads no array.
 
-    def __init__(self, config: ExperimentConfig, corpus: Corpus, mesh: jax.sharding.Mesh, workdir: Path) -> None:
-        self.config, self.corpus, self.mesh, self.workdir = config, corpus, mesh, workdir
+    Raises:
+      ConfigError: they are gone, or of another tokenizer or model.
+    """
+    checkpoint.still(origin)
+    folder = Path(origin["folder"])
+    theirs, ours = checkpoint.read_meta(folder).get("data", {}).get("tokenizer"), corpus.tokenizer.hash
+    if theirs is not None and theirs != ours:
+        raise ConfigError(
+            f"init_from={config.init_from} was trained with another tokenizer ({theirs}, "
+            f"here {ours}): its embeddings would stand for other tokens; use the same data.tokenizer"
+        )
+    _, params, router_state = split(jax.eval_shape(lambda: build(config.model)))
+    checkpoint.check_fit(folder, params, prefix="params/")
+    checkpoint.check_fit(folder, router_state, prefix="router_state/")
+
+
+class Run:
+    """One training run in one workdir.
+
+    ``origin``: what :func:`moejax.checkpoint.origin` said of ``init_from`` when the workdir was begun. The parameters
+    are taken from that step folder, and must still be the same; None: from what ``init_from`` means now.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        corpus: Corpus,
+        mesh: jax.sharding.Mesh,
+        workdir: Path,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.corpus, self.mesh, self.workdir, self.origin = config, corpus, mesh, workdir, origin
         self.main = jax.process_index() == 0
         self.trainer = Trainer(config, padded_byte_lengths(corpus, config.model.vocab_size), mesh)
-        self._score = score_fn(self.trainer.graphdef, mesh)
+        self._score = score_fn(self.trainer.graphdef, mesh, len(TOKEN_CLASSES))
+        self._classify = TokenClassifier(corpus.tokenizer)
+        self.moe_layers = moe_layer_ids(config.model)
+        experts, warm = config.model.moe.num_experts, config.train.warmup_steps
+        self.health = watch.LoadWatch(config.watch, experts, self.moe_layers, begin=warm)
+        self._warn: Callable[[str], None] = lambda text: None
+        self._validated = False
+        self._load: dict[str, Any] | None = None  # of the newest validation
+        self._started: tuple[TrainState, dict[str, Any] | None] | None = None
         self._micro = NamedSharding(mesh, P(None, TOKEN_AXES))
         self.writer = metrics.JsonlWriter(workdir / "metrics.jsonl")
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
@@ -78,6 +120,7 @@ class Run:
     def scorer(self, state: TrainState, **settings: Any) -> Scorer:
         """The model of ``state`` as evaluation sees it; settings are those of :class:`~moejax.train.Scorer`."""
         put = lambda batch: put_batch(batch, self.mesh)  # noqa: E731
+        settings = {"classify": self._classify, **settings}
         return Scorer(self._score, state.params, state.router_state, put, **settings)
 
     def restore(self, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -94,69 +137,102 @@ class Run:
             raise ConfigError(f"{self.workdir}: no checkpoint to evaluate; train first")
         return self.restore(step)[0], step
 
+    def prepare(self) -> None:
+        """Reads what :meth:`train` goes on from, so that damage is found before anything is written.
+
+        Raises:
+          ConfigError: a checkpoint cannot be read, or does not fit.
+        """
+        self._started = self.start()
+
     def start(self) -> tuple[TrainState, dict[str, Any] | None]:
         """The newest checkpoint, or a fresh state (from ``init_from`` where that is set)."""
         latest = self.checkpoints.latest()
         if latest is not None:
-            return self.restore(latest)
+            state, meta = self.restore(latest)
+            self.origin = meta.get("init_from", self.origin)
+            return state, meta
         state = self.trainer.init()
         if self.config.init_from:
-            folder = checkpoint.locate(self.config.init_from)
-            params, meta = checkpoint.load(folder, self.trainer.abstract.params, prefix="params/")
-            theirs, ours = meta.get("data", {}).get("tokenizer"), self.corpus.tokenizer.hash
-            if theirs is not None and theirs != ours:
-                raise ConfigError(
-                    f"init_from={self.config.init_from} was trained with another tokenizer ({theirs}, "
-                    f"here {ours}): its embeddings would stand for other tokens; use the same data.tokenizer"
-                )
+            self.origin = self.origin or checkpoint.origin(self.config.init_from)
+            check_origin(self.origin, self.config, self.corpus)
+            folder = Path(self.origin["folder"])
+            params, _ = checkpoint.load(folder, self.trainer.abstract.params, prefix="params/")
             router_state, _ = checkpoint.load(folder, self.trainer.abstract.router_state, prefix="router_state/")
             state = dataclasses.replace(state, params=params, router_state=router_state)
         return state, None
 
     def validate(self, state: TrainState, step: int) -> float:
         """Writes validation and expert-load rows; returns mean bits per byte over domains."""
-        scorer = self.scorer(state)
-        config = self.config.eval
-        scores: dict[str, DomainScore] = {}
-        for domain in self.corpus.domains:
-            if "valid" in self.corpus.splits(domain):
-                batches = eval_batches(
-                    self.corpus, domain, "valid", batch_size=config.batch_size, max_tokens=config.max_tokens
-                )
-                scores[domain] = bits_per_byte(scorer, batches, self.corpus.tokenizer)
+        self._score.armed = self._validated  # a later validation finds its program; a table's scoring need not
+        scores, loads = self.score_domains(self.scorer(state), "valid", self.config.eval.max_tokens)
+        self._score.armed, self._validated = False, True
         if not scores:
             raise ConfigError("no domain has a validation split: set data.domains.<name>.valid")
+        self._report_compilations(self._score, step)
         mean = float(np.mean([s.bits_per_byte for s in scores.values()]))
         row = {"kind": "valid", "step": step, "mean_bits_per_byte": mean,
                "bits_per_byte": {d: s.bits_per_byte for d, s in scores.items()},
                "loss": {d: s.nll_nats / s.tokens for d, s in scores.items()}}  # fmt: skip
         self.writer.write(row)
-        if scorer.metrics is not None:
-            load = metrics.load_summary(scorer.metrics)
-            self.writer.write({"kind": "load", "step": step, "layers": moe_layer_ids(self.config.model), **load})
+        if loads:
+            self._load = self.load_row("load", step, loads)
+            self.writer.write(self._load)
         return mean
+
+    def score_domains(
+        self, scorer: Scorer, split: str, max_tokens: int
+    ) -> tuple[dict[str, DomainScore], dict[str, MoEMetrics]]:
+        """Scores of each domain that has the split, and the sums of its expert loads (none without experts)."""
+        scores: dict[str, DomainScore] = {}
+        loads: dict[str, MoEMetrics] = {}
+        for domain in self.corpus.domains:
+            if split not in self.corpus.splits(domain):
+                continue
+            batches = eval_batches(
+                self.corpus, domain, split, batch_size=self.config.eval.batch_size, max_tokens=max_tokens
+            )
+            scorer.metrics = None
+            scores[domain] = bits_per_byte(scorer, batches, self.corpus.tokenizer)
+            if scorer.metrics is not None:
+                loads[domain] = scorer.metrics
+        return scores, loads
+
+    def load_row(self, kind: str, step: int, loads: dict[str, MoEMetrics]) -> dict[str, Any]:
+        """The row of expert loads by layer, domain and token class (:func:`moejax.metrics.load_row`)."""
+        return {"kind": kind, "step": step, "layers": self.moe_layers, **metrics.load_row(loads, TOKEN_CLASSES)}
 
     def train(self, *, max_seconds: float = 0.0, say: Callable[[str], None] | None = None) -> Outcome:
         """Trains to ``train.steps``, or until Ctrl-C, SIGTERM or ``max_seconds``; then a checkpoint is saved.
 
         Raises:
-          FloatingPointError: the loss is not finite; the message names the step and the last good checkpoint.
+          FloatingPointError: loss, gradients or parameters are not finite; the message names the first such step, the
+            layers' statistics, and the last good checkpoint.
         """
         config, begin = self.config.train, time.monotonic()
-        state, meta = self.start()
+        state, meta = self._started or self.start()
+        self._started = None  # the step function takes the state's memory
         step = int(state.step)
+        if self.main:
+            self.writer.forget_after(step)  # this call writes them again
         if step >= config.steps:
             return Outcome(step, True, "finished")
+        self.checkpoints.require_space(state)
         data = train_iterator(self.corpus, batch_size=config.batch_size, seed=config.seed)
         if meta is not None:
             data.set_state(meta["data"])
         peak, peak_source = metrics.peak_flops(self.mesh.size)
         meter = Meter(3 * count.forward_flops_per_token(self.config.model, self.config.data.seq_len), peak)
+        meter.restore(meta.get("since_log", []) if meta is not None else [])
         tokens_per_step = config.batch_size * self.config.data.seq_len
         reason, fresh, saved = "finished", True, step if meta is not None else -1
         before = 0.0 if meta is None else float(meta.get("seconds", 0.0))  # of earlier calls
-        with TrainProgress(config.steps, step, self.main) as progress, Interrupt() as interrupt:
-            say = say or progress.note
+        with (
+            TrainProgress(config.steps, step, self.main) as progress,
+            Interrupt(say or progress.note) as interrupt,
+        ):
+            self._warn = say or progress.warn
+            told, say = say, say or progress.note
             if step:
                 say(f"resuming at step {step}")
             say(f"peak for MFU: {peak / 1e12:.2f} TFLOP/s ({peak_source}); compiling the training step ...")
@@ -170,6 +246,10 @@ class Run:
                     meter.leave_out()
                     fresh = False
                 progress.step(step)
+                self.checkpoints.check()
+                if self._report_compilations(self.trainer.step_fn, step):
+                    jax.block_until_ready(result.loss)
+                    meter.leave_out()
                 if step % config.log_every == 0 or step == config.steps:
                     self._log(meter, progress, step, tokens_per_step, before + time.monotonic() - begin)
                 asked = interrupt.asked
@@ -181,12 +261,12 @@ class Run:
                 if saving:
                     meter.pause()
                     # a checkpoint that follows a broken step would be taken for a good one
-                    self._require_finite(float(result.loss), float(result.grad_norm), step)
+                    self._require_finite(meter, step)
                 if last or step % config.eval_every == 0:
                     score = self.validate(state, step)
                     say(f"step {step}: validation {score:.4f} bits per byte")
                 if saving and step != saved:
-                    self._save(state, step, data.get_state(), score, before + time.monotonic() - begin)
+                    self._save(state, step, data.get_state(), score, before + time.monotonic() - begin, meter.state())
                     saved = step
                 if saving:
                     meter.go_on()
@@ -194,6 +274,8 @@ class Run:
                     reason = "interrupted" if asked else "time"
                     break
             self.checkpoints.steps()  # waits for the save under way
+        if self.main:
+            self._summarise(step, told)
         return Outcome(step, step >= config.steps, reason)
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -202,14 +284,38 @@ class Run:
         return {k: jax.device_put(batch[k].reshape(micros, -1, *batch[k].shape[1:]), self._micro) for k in keys}
 
     def _log(self, meter: Meter, progress: TrainProgress, step: int, tokens_per_step: int, seconds: float) -> None:
+        self._require_finite(meter, step)
+        means, window = meter.row()
         row: dict[str, Any] = {"kind": "train", "step": step, "tokens": step * tokens_per_step, "time": seconds,
-               "learning_rate": float(np.asarray(self.trainer.schedule(step - 1))), **meter.row()}  # fmt: skip
+               "learning_rate": float(np.asarray(self.trainer.schedule(step - 1))), **means}  # fmt: skip
         self.writer.write(row)
         progress.metrics(row)
-        self._require_finite(row["loss"], row["grad_norm"], step)
+        for alarm in self.health.look(step, window):
+            self._warning(step, alarm.text, alarm.row())
 
-    def _require_finite(self, loss: float, grad_norm: float, step: int) -> None:
-        if np.isfinite(loss) and np.isfinite(grad_norm):
+    def _warning(self, step: int, text: str, row: dict[str, Any]) -> None:
+        self.writer.write({"kind": "warning", "step": step, "text": text, **row})
+        self._warn(f"{'step' if row.get('state') == 'recovered' else 'WARNING at step'} {step}: {text}")
+
+    def _report_compilations(self, fn: Watched, step: int) -> bool:
+        """Says what was compiled again although its first program was there; whether there was something."""
+        recompilations = fn.take()
+        for found in recompilations:
+            row = {"rule": "recompilation", "differences": list(found.differences), "seconds": found.seconds}
+            self._warning(step, str(found), row)
+        return bool(recompilations)
+
+    def _summarise(self, step: int, say: Callable[[str], None] | None) -> None:
+        """What stays on the screen at the end: expert loads of the last validation, and what was warned of."""
+        if self._load is not None and self._load["step"] == step:
+            show_load(self._load, f"expert load at step {step}, validation text (docs/healthy.md):", say)
+        for line in self.health.summary():
+            self._warn(f"WARNING {line}")
+
+    def _require_finite(self, meter: Meter, step: int) -> None:
+        """Raises FloatingPointError for the first step since the last log line that is not finite."""
+        broken = meter.broken(step)
+        if broken is None:
             return
         steps = self.checkpoints.steps()
         good = (
@@ -217,13 +323,17 @@ class Run:
             if steps
             else "no checkpoint yet"
         )
-        raise FloatingPointError(
-            f"loss is {loss} at step {step} (gradient norm {grad_norm}); {good}. Lower train.learning_rate or "
-            "lengthen train.warmup_steps in a new --workdir, from that step by --config.init_from."
-        )
+        self.writer.write(watch.failure_row(broken, self.moe_layers))
+        raise FloatingPointError(watch.failure_text(broken, self.moe_layers, good))
 
     def _save(
-        self, state: TrainState, step: int, data_state: dict[str, Any], score: float | None, seconds: float
+        self,
+        state: TrainState,
+        step: int,
+        data_state: dict[str, Any],
+        score: float | None,
+        seconds: float,
+        since_log: list[dict[str, Any]],
     ) -> None:
         meta = {
             "step": step,
@@ -231,5 +341,8 @@ class Run:
             "data": data_state,
             "config": to_dict(self.config),
             "config_hash": config_hash(self.config),
+            "since_log": since_log,  # so that a row whose steps two calls made is that of an undisturbed run
         }
+        if self.origin is not None:
+            meta["init_from"] = self.origin
         self.checkpoints.save(step, state, meta, score=score)

@@ -6,8 +6,6 @@ if it had not.
 """
 
 import dataclasses
-import signal
-import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,11 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax import losses
-from moejax.config import ExperimentConfig, TrainConfig
+from moejax.config import ExperimentConfig, ModelConfig, TrainConfig
 from moejax.metrics import tree_sum
 from moejax.model import Decoder, build, layer_groups
+from moejax.recompile import Watched
 from moejax.sharding import RouterState, replicated, tree_shardings
-from moejax.types import MoEMetrics, pytree
+from moejax.types import MoEMetrics, TokenClass, pytree
 
 
 @pytree
@@ -48,6 +47,13 @@ class StepMetrics:
     aux: dict[str, Float[Array, ""]]
     """Raw auxiliary losses, means over layers."""
     grad_norm: Float[Array, ""]
+    """Of all gradients, before clipping."""
+    layer_grad_norm: Float[Array, "L"]
+    """Of each layer, dense ones included, in order."""
+    outer_grad_norm: dict[str, Float[Array, ""]]
+    """Of what lies outside the layers: embed, unembed, final_norm."""
+    param_norm: Float[Array, ""]
+    """Of the parameters after the step: not finite if one of them is not, or is beyond 1e19."""
     moe: MoEMetrics | None
 
 
@@ -112,7 +118,7 @@ class Trainer:
             router_state=tree_shardings(router_state, mesh),
             opt_state=_opt_shardings(opt_state, mesh),
         )
-        self.step_fn = jax.jit(self._step, donate_argnums=0)
+        self.step_fn = Watched(jax.jit(self._step, donate_argnums=0), "the training step", ("state", "batch"), mesh)
         self.abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             TrainState(jnp.int32(0), params, router_state, opt_state),
@@ -132,8 +138,7 @@ class Trainer:
         return nnx.merge(self.graphdef, state.params, state.router_state)
 
     def step(self, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepMetrics]:
-        with jax.set_mesh(self.mesh):
-            return self.step_fn(state, batch)
+        return self.step_fn(state, batch)
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -165,9 +170,11 @@ class Trainer:
             router_state=self._update_routers(state.router_state, moe),
             opt_state=opt_state,
         )
+        layer_norms, outer_norms = gradient_norms(grads, self.config.model)
         metrics = StepMetrics(
             loss=ce + aux, ce=ce, nll=sums[0], text_bytes=sums[1], tokens=total_tokens, aux=raw,
-            grad_norm=optax.tree.norm(grads), moe=moe,
+            grad_norm=optax.tree.norm(grads), layer_grad_norm=layer_norms, outer_grad_norm=outer_norms,
+            param_norm=optax.tree.norm(params), moe=moe,
         )  # fmt: skip
         return new, metrics
 
@@ -250,6 +257,25 @@ class Trainer:
         return nnx.from_flat_state(flat)
 
 
+def gradient_norms(grads: nnx.State, config: ModelConfig) -> tuple[Float[Array, "L"], dict[str, Float[Array, ""]]]:
+    """Euclidean norms of the gradients of each layer, in order, and of each array group outside the layers."""
+    outer: dict[str, Array] = {}
+    inside: dict[tuple[int, int], Array] = {}  # (group, block of its pattern) -> squares of its repeats
+    for path, leaf in nnx.to_flat_state(grads):
+        square = jnp.square(leaf[...].astype(jnp.float32))
+        if path[0] == "groups":
+            place = (int(str(path[1])), int(str(path[3])))
+            inside[place] = inside.get(place, 0.0) + jnp.sum(square, axis=range(1, square.ndim))
+        else:
+            name = str(path[0])
+            outer[name] = outer.get(name, 0.0) + jnp.sum(square)
+    layers = [
+        jnp.stack([inside[g, b] for b in range(len(pattern))], axis=1).reshape(-1)  # [repeats, blocks] in layer order
+        for g, (pattern, _) in enumerate(layer_groups(config))
+    ]
+    return jnp.sqrt(jnp.concatenate(layers)), {name: jnp.sqrt(square) for name, square in outer.items()}
+
+
 def token_nll(logits: Float[Array, "B S V"], targets: Int[Array, "B S"]) -> Float[Array, "B S"]:
     """``-log softmax(logits)[target]`` in nats, float32."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -265,27 +291,25 @@ def _opt_shardings(opt_state: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(one, opt_state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def score_fn(model_def: nnx.GraphDef, mesh: jax.sharding.Mesh) -> Callable:
+def score_fn(model_def: nnx.GraphDef, mesh: jax.sharding.Mesh, token_classes: int = 0) -> Watched:
     """A compiled ``(params, router_state, batch, limits, key) -> (logprob[B,S], greedy[B,S], MoEMetrics)``.
 
-    Limits are arguments: a new capacity factor does not recompile.
+    Limits are arguments: a new capacity factor does not recompile. A batch with ``token_class`` (ids below
+    ``token_classes``) has its loads summed by class too. Unarmed: whoever expects one program only arms it.
     """
 
     @jax.jit
     def score(params: nnx.State, router_state: nnx.State, batch: dict, limits: tuple | None, key: Array) -> tuple:
         model = nnx.merge(model_def, params, router_state)
+        token_class = TokenClass(batch["token_class"], token_classes) if "token_class" in batch else None
         out = model(
             batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], mask=batch["mask"],
-            limits=limits, key=key,
+            limits=limits, key=key, token_class=token_class,
         )  # fmt: skip
         greedy = jnp.argmax(out.logits, axis=-1) == batch["targets"]
         return -token_nll(out.logits, batch["targets"]), greedy, out.metrics
 
-    def run(params: nnx.State, router_state: nnx.State, batch: dict, limits: tuple | None, key: Array) -> tuple:
-        with jax.set_mesh(mesh):
-            return score(params, router_state, batch, limits, key)
-
-    return run
+    return Watched(score, "validation", ("params", "router_state", "batch", "limits", "key"), mesh, armed=False)
 
 
 @dataclasses.dataclass
@@ -298,6 +322,8 @@ class Scorer:
     put: Callable[[dict], dict]
     limits: tuple | None = None
     seed: int = 0
+    classify: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    """``(tokens, segment_ids) ->`` the class of each token, by which loads are kept apart too; None: they are not."""
     metrics: MoEMetrics | None = None
     calls: int = 0
 
@@ -305,87 +331,9 @@ class Scorer:
         keys = ("tokens", "targets", "positions", "segment_ids", "mask")
         key = jax.random.fold_in(jax.random.key(self.seed), self.calls)
         self.calls += 1
-        logprob, greedy, metrics = self.run(
-            self.params, self.router_state, self.put({k: batch[k] for k in keys}), self.limits, key
-        )
+        given = {k: batch[k] for k in keys}
+        if self.classify is not None:
+            given["token_class"] = self.classify(batch["tokens"], batch["segment_ids"])
+        logprob, greedy, metrics = self.run(self.params, self.router_state, self.put(given), self.limits, key)
         self.metrics = tree_sum(self.metrics, metrics)
         return np.asarray(logprob), np.asarray(greedy)
-
-
-class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-class Meter:
-    """Collects device scalars between two log lines, so that no step waits for the host."""
-
-    def __init__(self, flops_per_token: float, peak: float) -> None:
-        self.flops_per_token, self.peak = flops_per_token, peak
-        self._pending: list[StepMetrics] = []
-        self._untimed = 0
-        self._seconds = 0.0
-        self._since: float | None = time.perf_counter()
-
-    def add(self, metrics: StepMetrics) -> None:
-        self._pending.append(metrics)
-
-    def leave_out(self) -> None:
-        """The steps since the last row count in no rate: the first one compiled."""
-        self._untimed, self._seconds, self._since = len(self._pending), 0.0, time.perf_counter()
-
-    def pause(self) -> None:
-        """Stops the clock, for validation and saving, once the steps so far are done on the device."""
-        if self._since is None:
-            return
-        if self._pending:
-            jax.block_until_ready(self._pending[-1].loss)
-        self._seconds += time.perf_counter() - self._since
-        self._since = None
-
-    def go_on(self) -> None:
-        """Starts the clock again."""
-        self._since = time.perf_counter()
-
-    def row(self) -> dict[str, Any]:
-        """Means since the last row; waits for the device."""
-        self.pause()
-        steps = jax.device_get([dataclasses.replace(m, moe=None) for m in self._pending])
-        last = jax.device_get(self._pending[-1].moe)
-        text_bytes = max(sum(float(m.text_bytes) for m in steps), 1.0)
-        timed = sum(float(m.tokens) for m in steps[self._untimed :])
-        rate = timed / self._seconds if timed else 0.0
-        row: dict[str, Any] = {
-            "loss": float(np.mean([m.loss for m in steps])),
-            "ce": float(np.mean([m.ce for m in steps])),
-            "bits_per_byte": sum(float(m.nll) for m in steps) / np.log(2) / text_bytes,
-            "grad_norm": float(np.mean([m.grad_norm for m in steps])),
-            "tokens_per_s": rate,
-            "mfu": rate * self.flops_per_token / self.peak,
-            "aux": {name: float(np.mean([m.aux[name] for m in steps])) for name in steps[0].aux},
-        }
-        if last is not None:
-            routed = np.asarray(last.routed)
-            row["load_max_over_mean"] = float((routed.max(axis=1) / np.maximum(routed.mean(axis=1), 1e-9)).max())
-            row["dropped_share"] = float(last.dropped.sum() / max(routed.sum(), 1.0))
-            row["overflow"] = float(last.overflow.sum())
-        self._pending, self._untimed, self._seconds = [], 0, 0.0
-        self.go_on()
-        return row

@@ -1,19 +1,29 @@
 """Checkpoints: what is saved comes back bit for bit, on any mesh; what is damaged is named."""
 
 import dataclasses
+import json
+import logging
+import random
+import resource
 import shutil
-from collections.abc import Callable
+import threading
+import time
+import zlib
+from collections import Counter, namedtuple
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 from moejax import checkpoint
-from moejax.checkpoint import Checkpoints, load_model, locate
+from moejax.checkpoint import Checkpoints, checksums, load_model, locate, store
 from moejax.config import ConfigError, MeshConfig, RouterConfig, to_dict
 from moejax.model import Decoder
 from moejax.sharding import make_mesh
@@ -162,6 +172,154 @@ def test_a_damaged_checkpoint_is_named(made: Trainer, copy: Path, damage: str):
     assert "\n" not in str(error.value)
 
 
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def flip(path: Path, at: int, bits: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= bits
+    path.write_bytes(data)
+
+
+def test_no_flipped_byte_is_loaded_in_silence(tmp_path: Path):
+    """20 of any byte, 20 of any file (most bytes are arrays'): each is reported, or changes nothing that is read."""
+    rng = np.random.default_rng(0)
+    state = {"params": {"a": rng.random((64, 8), np.float32), "b": np.zeros((8, 8)), "c": np.arange(9)}}
+    checkpoints = Checkpoints(tmp_path)
+    for step, score in ((3, 2.0), (4, 3.0)):
+        checkpoints.save(step, {**state, "step": np.array(step)}, {"step": step, "data": {"next": 77}}, score=score)
+    checkpoints.close()
+    folder, like = tmp_path / "4", {**state, "step": np.array(4)}
+    expected, meta = checkpoint.load(folder, like)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    dice, found = random.Random(0), Counter[str]()
+    for weights in ([path.stat().st_size for path in files], None):
+        for path in dice.choices(files, weights, k=20):
+            sound = path.read_bytes()
+            flip(path, dice.randrange(len(sound)), dice.randrange(1, 256))
+            try:
+                loaded, text = checkpoint.load(folder, like)
+                reader = Checkpoints(tmp_path, writer=False)
+                steps = reader.best(), reader.latest()
+            except ConfigError as error:
+                found["detected"] += 1
+                assert "that of step 3. Nothing was deleted" in str(error) and str(folder) in str(error)
+            else:
+                found["harmless"] += 1
+                chex.assert_trees_all_equal(flat(loaded), flat(expected))
+                assert text == meta and steps == (3, 4)
+            path.write_bytes(sound)
+    assert found["detected"] >= 20 and found["harmless"] > 0 and found.total() == 40
+
+
+def test_the_array_and_an_undamaged_checkpoint_are_named(made: Trainer, copy: Path):
+    folder, record = copy / "checkpoints" / "4", checksums.read(copy / "checkpoints" / "4")
+    assert record is not None
+    name = "params/final_norm/scale"
+    right = record["arrays"][name]
+    rewrite(folder, lambda record: record["arrays"].update({name: "0badc0de"}))
+    before = everything(copy)
+    message = rf"checkpoint {folder} is damaged: array '{name}' is not what was saved: CRC-32 {right}, .* 0badc0de"
+    offer = rf"of step 3\. Nothing was deleted: .*delete this folder \({folder}\); the same command .* from step 3$"
+    for read in (
+        lambda: checkpoint.load(folder, made.abstract),
+        lambda: load_model(folder),
+    ):
+        with pytest.raises(ConfigError, match=f"{message}\\. .*{offer}"):
+            read()
+    assert checkpoint.load(folder, {"embed": made.abstract.params["embed"]}, prefix="params/")  # it is another array
+    assert everything(copy) == before
+    largest(folder.with_name("3") / "arrays").unlink()
+    with pytest.raises(ConfigError, match=r"of step 1\. Nothing was deleted"):
+        checkpoint.read_all(folder)
+    largest(folder.with_name("1") / "arrays").unlink()
+    with pytest.raises(ConfigError, match=r"No other checkpoint beside it is undamaged: copy it again, or delete"):
+        checkpoint.read_all(folder)
+
+
+def rewrite(folder: Path, change: Callable[[dict], Any], stamp: bool = True) -> None:
+    """Changes the record of checksums; ``stamp``: as if it had been written so."""
+    path = folder / "checksums" / "checksums.json"
+    content = json.loads(path.read_text())
+    change(content["record"])
+    if stamp:
+        content["crc32"] = checksums._of_record(content["record"])
+    path.write_text(json.dumps(content))
+
+
+def test_a_damaged_record_is_damage(made: Trainer, copy: Path):
+    folder = copy / "checkpoints" / "4"
+    changes: dict[str, Callable[[], Any]] = {
+        "its record of checksums is damaged": lambda: rewrite(folder, lambda r: r.update(score=1.0), stamp=False),
+        "its JSON text .* is not what was saved": lambda: rewrite(folder, lambda r: r.update(meta="00000000")),
+        "the list of its arrays is not what was saved: .'params/embed'": lambda: rewrite(
+            folder, lambda r: r["arrays"].pop("params/embed")
+        ),
+        "its record of checksums is missing": lambda: shutil.rmtree(folder / "checksums"),
+    }
+    for message, change in changes.items():
+        change()
+        with pytest.raises(ConfigError, match=f"checkpoint {folder} is damaged: {message}"):
+            checkpoint.load(folder, made.abstract)
+        shutil.rmtree(folder / "checksums", ignore_errors=True)
+        shutil.copytree(folder.with_name("3") / "checksums", folder / "checksums")
+        rewrite(folder, lambda r: None)
+
+
+def test_a_damaged_score_is_named_when_the_best_is_asked_for(copy: Path):
+    folder = copy / "checkpoints"
+    rewrite(folder / "3", lambda record: record.update(score=0.5), stamp=False)
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.latest() == 4
+    for ask in (checkpoints.best, lambda: locate(copy)):
+        with pytest.raises(ConfigError, match=f"checkpoint {folder / '3'} is damaged"):
+            ask()
+    for step in (5, 6):  # training goes on, and what may be the best stays
+        checkpoints.save(step, {"a": np.ones(2)}, {}, score=4.0)
+    assert checkpoints.steps() == [1, 3, 5, 6]
+
+
+def test_checksums_are_zlibs_and_know_no_mesh(made: Trainer, saved: Path, tmp_path: Path):
+    values, other = flat(state_of(made, 3)), trainer(MeshConfig(expert=4), 8)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, jax.tree.map(jax.device_put, state_of(made, 3), other.shardings), {}, score=None)
+    checkpoints.close()
+    one, eight = saved / "checkpoints" / "3", tmp_path / "3"
+    records = [checksums.read(folder) for folder in (one, eight)]
+    assert records[0] is not None and records[1] is not None
+    assert records[0]["arrays"] == records[1]["arrays"]
+    assert records[0]["arrays"] == {n: f"{zlib.crc32(array.tobytes()):08x}" for n, array in values.items()}
+    assert checkpoint.fingerprint(one) == checkpoint.fingerprint(eight)
+
+
+@pytest.mark.parametrize("value", [np.float32(1.5), np.zeros((0, 3)), np.ones((2, 3), jnp.bfloat16), np.arange(6)[::2]])
+def test_a_checksum_of_any_array(value: np.ndarray):
+    assert checksums.crc32(value) == f"{zlib.crc32(np.asarray(value).tobytes()):08x}"
+
+
+def test_a_checkpoint_of_before_checksums_is_loaded_with_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    folder, arrays = tmp_path / "7", {"params/a": np.arange(4.0), "step": np.array(7)}
+    with ocp.training.Checkpointer(str(tmp_path)) as before:
+        items = {"arrays": arrays, "meta": {"json": '{"step": 7}'}}
+        before.save_checkpointables(7, items, metrics={"score": 1.5}, force=True)
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            loaded, meta = checkpoint.load(folder, arrays)
+    assert meta == {"step": 7} and (np.asarray(loaded["params/a"]) == arrays["params/a"]).all()
+    notes = [r.getMessage() for r in caplog.records if "made before there were checksums" in r.getMessage()]
+    assert len(notes) == 1 and str(folder) in notes[0]
+    assert locate(tmp_path) == folder and Checkpoints(tmp_path, writer=False).best() == 7
+    assert store.score_of(folder) == 1.5
+    now = Checkpoints(tmp_path)
+    now.save(8, arrays, {"step": 8}, score=2.0)
+    now.close()
+    assert checkpoint.fingerprint(folder) == checkpoint.fingerprint(tmp_path / "8")
+
+
 def test_damaged_meta_is_named(copy: Path):
     (copy / "checkpoints" / "4" / "meta" / "_strings.json").unlink()
     with pytest.raises(ConfigError, match=r"checkpoint .*/checkpoints/4 cannot be read"):
@@ -176,6 +334,129 @@ def test_a_partial_policy_is_refused(tmp_path: Path):
     assert checkpoints.steps() == [1]
     checkpoints.close()
     assert checkpoint.all_experts(1, np.zeros((2, 3))).all()
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def test_checksums_are_made_beside_the_save_of_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The training goes on, and overwrites the arrays, while the save is under way."""
+    go, of_arrays = threading.Event(), checksums.of_arrays
+
+    def late(*arguments: Any) -> Any:
+        assert go.wait(60)
+        return of_arrays(*arguments)
+
+    monkeypatch.setattr(checksums, "of_arrays", late)
+    state = {"a": jnp.arange(5000.0), "b": jax.device_put(jnp.ones((8, 4)), jax.sharding.NamedSharding(
+        jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("data")
+    ))}  # fmt: skip
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {}, score=None)
+    state = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)(state)
+    jax.block_until_ready(state)
+    checkpoints.check()  # under way is not failed
+    assert checkpoint.steps_in(tmp_path) == []
+    go.set()
+    assert checkpoints.steps() == [1]
+    arrays, _ = checkpoint.read_all(tmp_path / "1")
+    assert (arrays["a"] == np.arange(5000.0)).all() and (arrays["b"] == 1).all()
+
+
+def test_what_was_left_half_written_or_half_deleted_goes(copy: Path):
+    folder = copy / "checkpoints"
+    for name in ("9.orbax-checkpoint-tmp", "2.deleted"):
+        shutil.copytree(folder / "4" / "meta", folder / name)
+    before = everything(folder)
+    reader = Checkpoints(folder, writer=False)
+    assert reader.steps() == [1, 3, 4] and everything(folder) == before
+    writer = Checkpoints(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "3", "4"] and writer.steps() == [1, 3, 4]
+
+
+def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = copy / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "rmtree", lambda *_, **__: None)  # killed before it removed anything
+        checkpoints.save(5, {"a": np.ones(2)}, {}, score=9.0)
+        checkpoints.close()
+    assert checkpoint.steps_in(folder) == [1, 5] and (folder / "3.deleted").is_dir()
+    assert Checkpoints(folder).best() == 1 and not (folder / "3.deleted").exists()
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_full_disk_is_seen_before_the_save(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, state = copy / "checkpoints", {"a": np.ones(3_000_000, np.float32)}
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: Usage(10**9, 0, 4_000_000))
+    before = everything(folder)
+    for attempt in (lambda: checkpoints.require_space(state, 9), lambda: checkpoints.save(9, state, {}, score=1.0)):
+        with pytest.raises(ConfigError, match=r"of step 9 cannot be saved in .*: the disk is full") as error:
+            attempt()
+        text = str(error.value)
+        assert "It takes about 13,048,576 bytes (13.0 MB); 4,000,000 bytes (4.0 MB) were free, 9.0 MB too few" in text
+        assert "The last good checkpoint is that of step 4. Training stops" in text and "from step 4" in text
+        assert "\n" not in text
+    assert everything(folder) == before
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: Usage(10**9, 0, 14_000_000))
+    checkpoints.save(9, state, {}, score=1.0)
+    assert checkpoints.best() == 9
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file above 100 kB can be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("ask", ["check", "save", "steps", "best", "close"])
+def test_a_save_that_fails_is_told_once_and_leaves_nothing(
+    copy: Path, small_files: None, ask: str, capfd: pytest.CaptureFixture[str]
+):
+    """The real writer fails here, as it does on a full disk."""
+    folder, state = copy / "checkpoints", {"a": np.random.default_rng(0).random(100_000)}
+    checkpoints = Checkpoints(folder)
+    before = everything(folder)
+    checkpoints.save(9, state, {}, score=0.5)
+    deadline = time.monotonic() + 60
+
+    def asking() -> None:
+        while ask == "check" and time.monotonic() < deadline:
+            checkpoints.check()
+            time.sleep(0.01)
+        checkpoints.save(10, state, {}, score=0.5) if ask == "save" else getattr(checkpoints, ask)()
+
+    with pytest.raises(
+        ConfigError, match=r"of step 9 cannot be saved in .*: .*File too large.* 1,848,576 bytes"
+    ) as error:
+        asking()
+    assert "The last good checkpoint is that of step 4" in str(error.value) and "\n" not in str(error.value)
+    assert everything(folder) == before
+    assert checkpoints.steps() == [1, 3, 4] and checkpoints.best() == 1
+    checkpoints.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# --- where weights come from ----------------------------------------------------------------------------------------
+
+
+def test_origin(copy: Path):
+    found = checkpoint.origin(copy)
+    folder = copy / "checkpoints" / "1"
+    assert found == {"folder": str(folder), "step": 1, "config_hash": None, "weights": checkpoint.fingerprint(folder)}
+    assert json.loads(json.dumps(found)) == found == checkpoint.still(found)
+    assert checkpoint.origin(folder) == found != checkpoint.origin(copy / "checkpoints" / "3")
+    with pytest.raises(ConfigError, match=r"now holds other weights .*step 1 in .*begin again in a new --workdir"):
+        checkpoint.still({**found, "weights": "0" * 16})
+    shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match=r"init_from: .*checkpoints/1 is gone, and the run began from step 1"):
+        checkpoint.still(found)
 
 
 # --- finding ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +14,9 @@ from flax import nnx
 
 from moejax import checkpoint, count, losses, routing
 from moejax.config import AttentionConfig, ExperimentConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
+from moejax.meter import Meter
 from moejax.sharding import make_mesh
-from moejax.train import Interrupt, Meter, StepMetrics, Trainer, TrainState, schedule, token_nll
+from moejax.train import StepMetrics, Trainer, TrainState, schedule, token_nll
 from tests.small import VOCAB, flat, quick_compilation, random_batch, small_config, small_model, start
 
 BYTE_LENGTHS = np.arange(VOCAB) % 4  # ids 0, 4, 8, ... stand for no text
@@ -191,7 +191,9 @@ def test_micro_scope_differs_where_micro_batches_are_uneven(whole: tuple):
 
 
 def test_eight_devices_equal_one(three_steps: tuple):
-    state, metrics = steps(trainer(small_config(ONE_LAYER), devices=8), 3)
+    made = trainer(small_config(ONE_LAYER), devices=8)
+    state, metrics = steps(made, 3)
+    assert made.step_fn.found == []  # the state comes out as it went in: one program for all steps
     for name, expected in flat(three_steps[0]).items():
         # Adam divides by the root of a squared gradient, so a rounding error of a tiny one shows more than linearly.
         np.testing.assert_allclose(flat(state)[name], expected, rtol=1e-3, atol=2e-5, err_msg=name)
@@ -291,11 +293,11 @@ def test_a_model_without_experts_has_no_expert_metrics(accumulate: int):
 
 def test_meter_means_and_rates(plain: Trainer, three_steps: tuple, monkeypatch: pytest.MonkeyPatch):
     clock = iter([10.0, 14.0, 14.0])
-    monkeypatch.setattr("moejax.train.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("moejax.meter.time.perf_counter", lambda: next(clock))
     meter = Meter(flops_per_token=5.0, peak=1000.0)
     for metrics in three_steps[1]:
         meter.add(metrics)
-    row = meter.row()
+    row, _ = meter.row()
     tokens = sum(float(m.tokens) for m in three_steps[1])
     assert row["tokens_per_s"] == pytest.approx(tokens / 4.0)
     assert row["mfu"] == pytest.approx(tokens / 4.0 * 5.0 / 1000.0)
@@ -309,7 +311,7 @@ def test_meter_means_and_rates(plain: Trainer, three_steps: tuple, monkeypatch: 
 def test_meter_leaves_compilation_and_pauses_out(three_steps: tuple, monkeypatch: pytest.MonkeyPatch):
     # made at 0; first step compiled by 50; steps until 53; validation until 90; steps until 92
     clock = iter([0.0, 50.0, 53.0, 90.0, 92.0, 92.0])
-    monkeypatch.setattr("moejax.train.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("moejax.meter.time.perf_counter", lambda: next(clock))
     meter = Meter(flops_per_token=5.0, peak=1000.0)
     first, second, third = three_steps[1]
     meter.add(first)
@@ -319,16 +321,6 @@ def test_meter_leaves_compilation_and_pauses_out(three_steps: tuple, monkeypatch
     meter.pause()  # a second pause (validation, then a save) counts nothing twice
     meter.go_on()
     meter.add(third)
-    row = meter.row()
+    row, _ = meter.row()
     assert row["tokens_per_s"] == pytest.approx((float(second.tokens) + float(third.tokens)) / 5.0)
     assert row["loss"] == pytest.approx(np.mean([float(m.loss) for m in three_steps[1]]))
-
-
-def test_interrupt_asks_once_and_ends_at_the_second():
-    old = signal.getsignal(signal.SIGTERM)
-    with Interrupt() as interrupt:
-        signal.raise_signal(signal.SIGTERM)
-        assert interrupt.asked
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is old

@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM: the first asks the loop to stop, the second ends the process at once."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_CODE = 130
+"""What a shell shows for a command that Ctrl-C ended."""
+
+
+class Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into a flag, ``asked``, that the loop reads between steps.
+
+    The second one ends the process with exit code 130, also while the main thread is inside of a compilation: Python
+    runs signal handlers between two of its own instructions only, so a thread of ours watches the signals' pipe. Ending
+    without any clean-up loses nothing: what is written counts only once it is whole.
+
+    Args:
+      say: shows a line to the user.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self.asked = False
+        self._seen = False
+        self._say = say
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs = theirs
+        self._old_pipe = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            self._old[number] = signal.signal(number, self._handle)
+        self._watcher = threading.Thread(target=self._watch, name="interrupt", daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_pipe)
+        self._theirs.close()  # ends the watcher
+        self._watcher.join()
+        self._ours.close()
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def _watch(self) -> None:
+        while received := self._ours.recv(16):
+            for number in received:
+                if number not in SIGNALS:
+                    continue
+                if self._seen:
+                    end_at_once()
+                self._seen = True
+                with contextlib.suppress(Exception):  # a closed terminal must not end the watch
+                    self._say(
+                        f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; "
+                        "a second one ends at once"
+                    )
+
+
+def end_at_once() -> None:
+    """Leaves without clean-up: threads that write would be waited for."""
+    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
+    text = f"{shown}\nended at once: the same command goes on from the last finished checkpoint\n"
+    os.write(2, text.encode())
+    os._exit(EXIT_CODE)

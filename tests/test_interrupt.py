@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM: one asks, two end the process."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moejax.interrupt import EXIT_CODE, Interrupt
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_first_signal_asks_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    said: list[str] = []
+    with Interrupt(said.append) as interrupt:
+        assert not interrupt.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.asked
+        deadline = time.monotonic() + 20
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    (line,) = said
+    assert line.startswith("SIGTERM: stopping after this step, with a checkpoint; a second one ends at once")
+
+
+BUSY = """
+import hashlib, sys
+from moejax.interrupt import Interrupt
+with Interrupt(lambda text: print(text, file=sys.stderr, flush=True)):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C code, like a compilation: no Python handler runs
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_a_busy_process(first: signal.Signals):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(first)
+    assert "stopping after this step" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == EXIT_CODE == 130
+    assert "ended at once: the same command goes on from the last finished checkpoint" in rest
