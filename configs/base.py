@@ -99,6 +99,13 @@ def get_config() -> ConfigDict:
     config.eval.tasks = ()
     config.eval.task_limit = 0
 
+    config.watch = ConfigDict()  # when training warns of a collapsing router (docs/healthy.md); 0: never
+    config.watch.dead_experts = 1  # experts of a layer without a pair in the window
+    config.watch.min_load_entropy = 0.5  # 1 is an even load, 0 is all tokens on the same k experts
+    config.watch.max_busiest = 0.75  # of the busiest expert: 0 is an even share of tokens, 1 is all of them
+    config.watch.min_router_entropy = 0.02  # of a token's router probabilities, as a share of ln E
+    config.watch.min_pairs = 100  # an expert's even share of the window in which it is judged
+
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that the other axes leave
     config.mesh.expert = 1

@@ -14,7 +14,7 @@ from moejax.config import AttentionConfig, ModelConfig
 from moejax.experts import DenseFFN
 from moejax.moe import MoELayer
 from moejax.sharding import ArraySpec, create
-from moejax.types import Limit, MoEMetrics, RouteContext, pytree
+from moejax.types import LayerReport, Limit, RouteContext, pytree
 
 
 @pytree
@@ -155,12 +155,12 @@ class Block(nnx.Module):
         ctx: RouteContext,
         limits: tuple[Limit, ...] | None,
         cache: KVCache | None,
-    ) -> tuple[Float[Array, "B S D"], MoEMetrics | None, KVCache | None]:
+    ) -> tuple[Float[Array, "B S D"], LayerReport | None, KVCache | None]:
         attended, cache = self.attention(self.attention_norm(x), tokens, cache)
         x = x + attended
         z = self.ffn_norm(x)
         if self.ffn is not None:
             return x + self.ffn(z), None, cache
         assert self.moe is not None  # a block has one of the two
-        y, metrics = self.moe(z, ctx, limits)
-        return x + y, metrics, cache
+        y, report = self.moe.reported(z, ctx, limits)
+        return x + y, report, cache

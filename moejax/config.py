@@ -173,6 +173,24 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    """When training warns of a collapsing router (``docs/healthy.md``). It changes no number; 0 switches a rule off."""
+
+    dead_experts: int = 1
+    """Experts of a layer without a pair in the window."""
+    min_load_entropy: float = 0.5
+    """Entropy of the experts' loads: 1 is even, 0 is all tokens on the same k experts. 0.5: the layer works like one
+    with sqrt(k E) experts."""
+    max_busiest: float = 0.75
+    """Share of tokens that choose the busiest expert: 0 stands for an even k/E, 1 for all of them."""
+    min_router_entropy: float = 0.02
+    """Mean entropy of a token's router probabilities, as a share of ln E."""
+    min_pairs: int = 100
+    """An expert's even share of the window. A window is the steps between two log lines, or more to hold this.
+    None is judged that began before ``train.warmup_steps``: there the loads are those of the random router."""
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = -1
     """-1: all devices that the other axes leave."""
@@ -204,6 +222,7 @@ class ExperimentConfig:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    watch: WatchConfig = WatchConfig()
     mesh: MeshConfig = MeshConfig()
     table: TableConfig = TableConfig()
     init_from: str = ""
@@ -286,8 +305,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: Any) -> str:
-    """First 12 hex digits of the SHA-256 of the config as sorted JSON, without where data and cache lie."""
-    fields = to_dict(config)
+    """First 12 hex digits of the SHA-256 of the config as sorted JSON, without where data and cache lie and when
+    warnings are given, which change no result."""
+    fields = {name: value for name, value in to_dict(config).items() if name != "watch"}
     if isinstance(fields.get("data"), dict):
         fields["data"] = {k: v for k, v in fields["data"].items() if k not in ("root", "cache_dir")}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]

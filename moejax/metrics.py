@@ -3,13 +3,16 @@
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from moejax.results import write_atomically
 from moejax.types import MoEMetrics
 
 PEAK_BF16_FLOPS = {
@@ -23,28 +26,114 @@ PEAK_BF16_FLOPS = {
 """Dense bf16 peak of one device, vendors' data sheets."""
 
 
-def load_summary(metrics: MoEMetrics) -> dict[str, list]:
-    """Load of each layer's experts, from sums with a leading axis of layers.
+PERCENTILES = (0, 50, 90, 100)
+"""Over layers, in every row of loads."""
 
-    ``utilisation`` = routed pairs / ideal (1 is perfect), before limits; ``cv`` its coefficient of variation;
-    ``entropy`` the mean router entropy per token in nats; ``dead`` experts with no pair; ``dropped_share`` pairs
-    removed / pairs routed; ``lost_share`` tokens that no expert computed / tokens.
+
+def load_figures(
+    routed: Float[np.ndarray, "L E"],
+    tokens: Float[np.ndarray, "L"],
+    entropy_sum: Float[np.ndarray, "L"],
+) -> dict[str, Float[np.ndarray, "L ..."]]:
+    """Figures of each layer's load from its sums; all of pairs before limits.
+
+    ``utilisation`` [L, E] = pairs / ideal, where ideal is an even share of the layer's pairs: 1 is perfect.
+    ``max_over_mean``, ``cv``: the largest utilisation, and the coefficient of variation over experts; 1 and 0 are even.
+    ``load_entropy`` = (H - ln k) / (ln E - ln k) with H the entropy of the experts' shares of the pairs and k the pairs
+    per token: 1 is even, 0 says that all tokens use the same k experts (no distribution of distinct experts has less
+    than ln k). ``busiest`` = (s - k/E) / (1 - k/E) with s the share of tokens that choose the busiest expert: 0 is
+    even, 1 says that all do. Where k = E leaves no choice they are 1 and 0.
+    ``entropy``: mean entropy of a token's router probabilities, nats, in [0, ln E]. ``dead``: experts with no pair.
     """
-    m = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), metrics)
-    routed, tokens = m.routed, np.maximum(m.tokens, 1.0)
+    experts = routed.shape[1]
+    pairs = np.maximum(routed.sum(axis=1), 1.0)
     ideal = np.maximum(routed.mean(axis=1, keepdims=True), 1e-9)
     utilisation = routed / ideal
-    pairs = np.maximum(routed.sum(axis=1), 1.0)
+    k = np.clip(pairs / np.maximum(tokens, 1.0), 1.0, experts)
+    share = routed / pairs[:, None]
+    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=1)
+    choice = k < experts * (1 - 1e-9)  # else every token uses every expert
+    room = np.where(choice, np.log(experts) - np.log(k), 1.0)
+    rest = np.where(choice, 1 - k / experts, 1.0)
     return {
-        "utilisation": np.round(utilisation, 4).tolist(),
-        "max_over_mean": utilisation.max(axis=1).tolist(),
-        "cv": utilisation.std(axis=1).tolist(),
-        "entropy": (m.entropy_sum / tokens).tolist(),
-        "dead": (routed == 0).sum(axis=1).tolist(),
-        "dropped_share": (m.dropped / pairs).tolist(),
-        "lost_share": (m.lost_tokens / tokens).tolist(),
+        "utilisation": utilisation,
+        "max_over_mean": utilisation.max(axis=1),
+        "cv": utilisation.std(axis=1),
+        "load_entropy": np.where(choice, np.clip((entropy - np.log(k)) / room, 0.0, 1.0), 1.0),
+        "busiest": np.where(choice, np.clip((k * share.max(axis=1) - k / experts) / rest, 0.0, 1.0), 0.0),
+        "entropy": entropy_sum / np.maximum(tokens, 1.0),
+        "dead": (routed == 0).sum(axis=1),
+    }
+
+
+def load_summary(metrics: MoEMetrics) -> dict[str, list]:
+    """Load of each layer's experts, from sums with a leading axis of layers: :func:`load_figures`, and
+
+    ``dropped_share`` pairs removed / pairs routed; ``lost_share`` tokens that no expert computed / tokens;
+    ``overflow`` pairs that a static buffer lost.
+    """
+    m = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), metrics)
+    figures = load_figures(m.routed, m.tokens, m.entropy_sum)
+    return _lists(figures) | {
+        "dropped_share": (m.dropped / np.maximum(m.routed.sum(axis=1), 1.0)).tolist(),
+        "lost_share": (m.lost_tokens / np.maximum(m.tokens, 1.0)).tolist(),
         "overflow": m.overflow.tolist(),
     }
+
+
+def load_row(domains: Mapping[str, MoEMetrics], classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything about expert load that a row of ``metrics.jsonl`` holds, from the sums of each domain.
+
+    :func:`load_summary` of all of them together; ``percentiles`` over layers of each figure; ``by_domain`` and, where
+    the sums are kept by token class, ``by_class`` (named by ``classes``, those without a token left out): the same
+    figures, with ``share`` of the tokens and, for each layer, ``distance`` = half the sum over experts of
+    ``|share of the part's pairs - share of all pairs|``: 0 is routed like all text, 1 is experts of its own.
+    """
+    sums = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), m) for m in domains.values()]
+    whole = jax.tree.map(lambda *leaves: sum(leaves), *sums)
+    row: dict[str, Any] = load_summary(whole)
+    row["tokens"] = float(whole.tokens[0])
+    row["percentiles"] = {name: percentiles(row[name]) for name in LAYER_FIGURES}
+    row["by_domain"] = {
+        domain: _part(whole, m.routed, m.tokens, m.entropy_sum, m.dropped)
+        for domain, m in zip(domains, sums, strict=True)
+    }
+    by = whole.by_class
+    if by is not None:
+        row["by_class"] = {
+            name: _part(whole, by.routed[:, c], by.tokens[:, c], by.entropy_sum[:, c], by.dropped[:, c])
+            for c, name in enumerate(classes)
+            if by.tokens[:, c].any()
+        }
+    return row
+
+
+LAYER_FIGURES = ("max_over_mean", "cv", "load_entropy", "busiest", "entropy", "dead", "dropped_share")
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """``{"p0": least, "p50": median, "p90": ..., "p100": largest}``, linear between neighbours."""
+    return {f"p{p}": float(np.percentile(np.asarray(values, np.float64), p)) for p in PERCENTILES}
+
+
+def _part(whole: MoEMetrics, routed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray, dropped: np.ndarray) -> dict:
+    def shares(pairs: Any) -> np.ndarray:
+        return pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1.0)
+
+    part: dict[str, Any] = _lists(load_figures(routed, tokens, entropy))
+    part["share"] = float(tokens[0] / max(float(whole.tokens[0]), 1.0))
+    part["dropped_share"] = (dropped / np.maximum(routed.sum(axis=1), 1.0)).tolist()
+    part["distance"] = (np.abs(shares(routed) - shares(whole.routed)).sum(axis=1) / 2).tolist()
+    return part
+
+
+def _lists(figures: Mapping[str, np.ndarray]) -> dict[str, list]:
+    return {name: (np.round(v, 4) if name == "utilisation" else v).tolist() for name, v in figures.items()}
+
+
+def short(values: Any) -> list[float]:
+    """Four significant digits of each value: enough for a curve, and lines stay short."""
+    return [float(f"{value:.4g}") for value in np.asarray(values, np.float64)]
 
 
 class JsonlWriter:
@@ -64,8 +153,37 @@ class JsonlWriter:
         self._file.write(json.dumps(row, sort_keys=True, allow_nan=True) + "\n")
         self._file.flush()
 
+    def forget_after(self, step: int) -> None:
+        """Takes out of the file what a run that goes on from ``step`` writes again, so that each row is there once.
+
+        These are rows of later steps, those of a last evaluation that did not end, and lines that were cut off.
+        """
+        self._file.flush()
+        text = self.path.read_text(encoding="utf-8")
+        kept = [(line, row) for line in text.split("\n") if (row := _row(line)) is not None]
+        kept = [(line, row) for line, row in kept if not (isinstance(row.get("step"), int) and row["step"] > step)]
+        while kept and kept[-1][1].get("kind") in BEFORE_FINAL:
+            kept.pop()
+        new = "".join(line + "\n" for line, _ in kept)
+        if new != text:
+            self._file.close()
+            write_atomically(self.path, new)
+            self._file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         self._file.close()
+
+
+BEFORE_FINAL = ("final_load", "tasks")
+"""Kinds of rows that the last evaluation writes before its row ``final``."""
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

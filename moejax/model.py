@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moejax.blocks import AttentionInput, Block, KVCache, RMSNorm
 from moejax.config import ModelConfig
 from moejax.sharding import ArraySpec, create
-from moejax.types import Limit, MoEMetrics, RouteContext, pytree
+from moejax.types import LayerReport, Limit, MoEMetrics, RouteContext, RoutingRecord, TokenClass, pytree
 
 
 @pytree
@@ -28,6 +28,8 @@ class ModelOutput:
     metrics: MoEMetrics | None
     """Sums over the batch with a leading axis of MoE layers; None for a model without experts."""
     cache: "Cache | None" = None
+    routing: RoutingRecord | None = None
+    """Each MoE layer's Routing, ``[L_moe, G, ...]``, where ``record`` asked for it."""
 
 
 @pytree
@@ -77,17 +79,17 @@ class BlockGroup(nnx.Module):
         ctx: RouteContext,
         limits: tuple[Limit, ...] | None,
         caches: tuple[KVCache, ...] | None,
-    ) -> tuple[Array, tuple[MoEMetrics, ...], tuple[KVCache, ...] | None]:
-        metrics, new_caches = [], []
+    ) -> tuple[Array, tuple[LayerReport, ...], tuple[KVCache, ...] | None]:
+        reports, new_caches = [], []
         for i, block in enumerate(self.blocks):
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
             block_ctx = dataclasses.replace(ctx, key=key)
-            x, m, c = block(x, tokens, block_ctx, limits, None if caches is None else caches[i])
-            if m is not None:
-                metrics.append(m)
+            x, report, c = block(x, tokens, block_ctx, limits, None if caches is None else caches[i])
+            if report is not None:
+                reports.append(report)
             if c is not None:
                 new_caches.append(c)
-        return x, tuple(metrics), tuple(new_caches) if caches is not None else None
+        return x, tuple(reports), tuple(new_caches) if caches is not None else None
 
 
 class Decoder(nnx.Module):
@@ -120,7 +122,9 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
         limits: tuple[Limit, ...] | None = None,
+        token_class: TokenClass | None = None,
         train: bool = False,
+        record: bool = False,
     ) -> ModelOutput:
         """Logits of the next token at every place.
 
@@ -132,7 +136,9 @@ class Decoder(nnx.Module):
           cache: from :meth:`init_cache`; the new tokens are appended and the updated cache returned.
           key: for routers or limits that draw at random.
           limits: transforms of every layer's Routing instead of the config's own; None takes those.
+          token_class: a class of each token, ``[B, S]``: loads are also summed by class (``metrics.by_class``).
           train: switches on router noise and jitter.
+          record: also returns each layer's Routing before and after limits (``docs/traces.md``).
         """
         config = self.config
         batch, seq = tokens.shape
@@ -144,8 +150,9 @@ class Decoder(nnx.Module):
             raise ValueError("a cache holds one document for each row: leave segment_ids out")
         attention = AttentionInput(positions=positions, index=index, segment_ids=segment_ids)
         ctx = RouteContext(
-            key=key, mask=mask, token_ids=tokens, positions=positions, request_ids=segment_ids, train=train
-        )
+            key=key, mask=mask, token_ids=tokens, positions=positions, request_ids=segment_ids,
+            token_class=token_class, train=train, record=record,
+        )  # fmt: skip
         scale = math.sqrt(config.dim) if config.scale_embeddings else 1.0
         x = (self.embed[...][tokens] * scale).astype(config.compute_dtype)
         collected, caches = [], []
@@ -153,8 +160,8 @@ class Decoder(nnx.Module):
             group_cache = None if cache is None else cache.layers[i]
             group_key = None if key is None else jax.random.fold_in(key, i)
             group_ctx = dataclasses.replace(ctx, key=group_key)
-            x, metrics, new_cache = self._run_group(group, x, attention, group_ctx, limits, group_cache)
-            collected.append(metrics)
+            x, reports, new_cache = self._run_group(group, x, attention, group_ctx, limits, group_cache)
+            collected.append(reports)
             caches.append(new_cache)
         x = self.final_norm(x)
         table = self.embed if self.unembed is None else self.unembed
@@ -164,7 +171,10 @@ class Decoder(nnx.Module):
         if cache is not None:
             added = jnp.full(batch, seq, jnp.int32) if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32)
             cache = Cache(layers=tuple(caches), length=cache.length + added)
-        return ModelOutput(logits=logits, metrics=_stack_layers(collected), cache=cache)
+        report = _stack_layers(collected)
+        if report is None:
+            return ModelOutput(logits=logits, metrics=None, cache=cache)
+        return ModelOutput(logits=logits, metrics=report.metrics, cache=cache, routing=report.record)
 
     def _run_group(
         self,
@@ -174,26 +184,26 @@ class Decoder(nnx.Module):
         ctx: RouteContext,
         limits: tuple[Limit, ...] | None,
         caches: tuple[KVCache, ...] | None,
-    ) -> tuple[Array, tuple[MoEMetrics, ...], tuple[KVCache, ...] | None]:
+    ) -> tuple[Array, tuple[LayerReport, ...], tuple[KVCache, ...] | None]:
         repeats = jax.tree.leaves(group)[0].shape[0]
 
         def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
             blocks, i, layer_caches = layer
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
             layer_ctx = dataclasses.replace(ctx, key=key)
-            x, metrics, new_caches = blocks(x, tokens, layer_ctx, limits, layer_caches)
-            return x, (metrics, new_caches)
+            x, reports, new_caches = blocks(x, tokens, layer_ctx, limits, layer_caches)
+            return x, (reports, new_caches)
 
         run = _rematerialised(body, self.config.remat)
         if self.config.layer_loop == "scan" and repeats > 1:
-            x, (metrics, caches) = jax.lax.scan(run, x, (group, jnp.arange(repeats), caches))
-            return x, metrics, caches
+            x, (reports, caches) = jax.lax.scan(run, x, (group, jnp.arange(repeats), caches))
+            return x, reports, caches
         outs = []
         for i in range(repeats):
             x, out = run(x, jax.tree.map(lambda leaf, i=i: leaf[i], (group, jnp.arange(repeats), caches)))
             outs.append(out)
-        metrics, caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-        return x, metrics, caches
+        reports, caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        return x, reports, caches
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
         """An empty cache for ``max_len`` tokens in each of ``batch`` rows. What is appended beyond them is not kept."""
@@ -207,8 +217,8 @@ class Decoder(nnx.Module):
         return Cache(layers=tuple(layers), length=jnp.zeros(batch, jnp.int32))
 
 
-def _stack_layers(collected: list[tuple[MoEMetrics, ...]]) -> MoEMetrics | None:
-    """Metrics of groups (each block of a pattern stacked over repeats) in layer order: ``[L_moe, ...]``."""
+def _stack_layers(collected: list[tuple[LayerReport, ...]]) -> LayerReport | None:
+    """Reports of groups (each block of a pattern stacked over repeats) in layer order: ``[L_moe, ...]``."""
     parts = []
     for group in collected:
         if group:  # [repeats, blocks of the pattern, ...] -> layer order

@@ -19,7 +19,19 @@ from moejax import dispatch, experts, limits, routing
 from moejax.config import MoEConfig
 from moejax.partition import ExpertTransform
 from moejax.sharding import ArraySpec, create
-from moejax.types import Activation, ExpertWeights, InFlight, Limit, MoEMetrics, RouteContext, Routing
+from moejax.types import (
+    Activation,
+    ClassSums,
+    ExpertWeights,
+    InFlight,
+    LayerReport,
+    Limit,
+    MoEMetrics,
+    RouteContext,
+    Routing,
+    RoutingRecord,
+    TokenClass,
+)
 
 
 class Router(nnx.Module):
@@ -65,7 +77,7 @@ class MoELayer(nnx.Module):
           ctx: per-token leaves are ``[B, S]`` here; they are flattened inside.
           extra_limits: limits instead of the config's own; None takes the config's.
         """
-        chosen = self._config_limits() if extra_limits is None else extra_limits
+        chosen = config_limits(self.config) if extra_limits is None else extra_limits
         in_force, transforms = chosen, self.transforms
         router, fam, backend = self.router.config, self.router.family, self.config.dispatcher
         tokens = dataclasses.replace(ctx, key=None, loads=None, local_experts=None)
@@ -81,13 +93,17 @@ class MoELayer(nnx.Module):
                 made = fam.route(x, weights, local, router)
             with jax.named_scope("limit"):
                 kept = limits.apply(in_force, made, local)
+            record = RoutingRecord(made, kept, _key_data(key)) if local.record else None
             for transform in transforms:
                 kept = transform.remap(kept)
             with jax.named_scope("dispatch"):
                 plan = dispatch.PLANS[backend](kept, x.shape[0])
                 xs = dispatch.dispatch(x, plan, backend=backend)
             metrics = summarise(made, kept, local, plan.overflow)
-            return InFlight(xs=xs, plan=plan, weight=kept.weight, metrics=metrics, num_tokens=x.shape[0]), kept
+            flight = InFlight(
+                xs=xs, plan=plan, weight=kept.weight, metrics=metrics, record=record, num_tokens=x.shape[0]
+            )
+            return flight, kept
 
         whole = (self.router.weights(), in_force, transforms, ctx.key, ctx.loads)
         flight, kept = dispatch.per_shard(on_shard, (z, tokens), whole)
@@ -135,14 +151,28 @@ class MoELayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], ctx: RouteContext, extra_limits: tuple[Limit, ...] | None = None
     ) -> tuple[Float[Array, "B S D"], MoEMetrics]:
-        y, metrics = self.finish(self.compute(self.begin(x, ctx, extra_limits)), x.shape)
-        shared = self.shared_output(x)
-        return (y if shared is None else y + shared), metrics
+        y, report = self.reported(x, ctx, extra_limits)
+        return y, report.metrics
 
-    def _config_limits(self) -> tuple[Limit, ...]:
-        if self.config.capacity_factor <= 0:
-            return ()
-        return (limits.token_drop(self.config.capacity_factor, self.config.capacity_order),)
+    def reported(
+        self, x: Float[Array, "B S D"], ctx: RouteContext, extra_limits: tuple[Limit, ...] | None = None
+    ) -> tuple[Float[Array, "B S D"], LayerReport]:
+        """The layer's output, with its record beside the metrics where ``ctx.record`` asks for one."""
+        flight = self.begin(x, ctx, extra_limits)
+        y, metrics = self.finish(self.compute(flight), x.shape)
+        shared = self.shared_output(x)
+        return (y if shared is None else y + shared), LayerReport(metrics, flight.record)
+
+
+def config_limits(config: MoEConfig) -> tuple[Limit, ...]:
+    """The limits that ``config`` puts in force; none where it is dropless."""
+    if config.capacity_factor <= 0:
+        return ()
+    return (limits.token_drop(config.capacity_factor, config.capacity_order),)
+
+
+def _key_data(key: PRNGKeyArray | None) -> Array | None:
+    return None if key is None else jax.random.key_data(key)
 
 
 def summarise(made: Routing, kept: Routing, ctx: RouteContext, overflow: Array) -> MoEMetrics:
@@ -179,6 +209,21 @@ def summarise(made: Routing, kept: Routing, ctx: RouteContext, overflow: Array) 
         load_prob_sum=load_prob_sum,
         z_sum=jnp.sum(z * real),
         entropy_sum=jnp.sum(jax.lax.stop_gradient(entropy) * real),
+        by_class=None if ctx.token_class is None else _by_class(made, lost, real, entropy, ctx.token_class),
+    )
+
+
+def _by_class(made: Routing, lost: Array, real: Array, entropy: Array, classes: TokenClass) -> ClassSums:
+    """Sums of each class's tokens. A product with 0s and 1s at full precision: counts stay whole numbers."""
+    one_hot = (classes.id[:, None] == jnp.arange(classes.count)) * real[:, None]  # [T, C]; padding is in no class
+    of_row = one_hot if made.token is None else one_hot[made.token]  # [R, C]
+    hit = made.expert[..., None] == jnp.arange(made.probs.shape[1], dtype=made.expert.dtype)
+    pairs = jnp.sum(hit & made.valid[..., None], axis=1, dtype=jnp.float32)  # [R, E]
+    return ClassSums(
+        tokens=jnp.sum(one_hot, axis=0),
+        routed=jnp.matmul(of_row.T, pairs, precision=jax.lax.Precision.HIGHEST),
+        dropped=jnp.sum(jnp.where(lost, 1.0, 0.0)[..., None] * of_row[:, None], axis=(0, 1)),
+        entropy_sum=jnp.sum(jnp.where(one_hot > 0, jax.lax.stop_gradient(entropy)[:, None], 0.0), axis=0),
     )
 
 

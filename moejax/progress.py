@@ -1,7 +1,9 @@
 """Progress of a long task: a live display on a terminal, plain lines without one."""
 
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +15,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+
+ALL_LAYERS = 12
+"""A summary of loads lists so many layers; of more of them, the percentiles and the worst."""
+WORST = 3
 
 
 class TrainProgress:
@@ -51,12 +58,16 @@ class TrainProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, style: str = "") -> None:
         """A line that stays on the screen."""
         if self.visible:
             (self._bar.console if self._bar else self.console).print(
-                text, highlight=False, markup=False, soft_wrap=True
+                text, highlight=False, markup=False, soft_wrap=True, style=style or None
             )
+
+    def warn(self, text: str) -> None:
+        """A line that a reader must not miss: in colour on a terminal."""
+        self.note(text, "bold yellow")
 
     def metrics(self, row: dict[str, Any]) -> None:
         parts = [
@@ -76,3 +87,52 @@ class TrainProgress:
         done = row["step"] - self.start
         left = (time.monotonic() - self._begin) / max(done, 1) * (self.total - row["step"])
         self.note(f"step {row['step']}/{self.total}  {text}  left {left:,.0f} s")
+
+
+def load_cells(row: dict[str, Any]) -> list[list[str]]:
+    """The summary of a row of loads (``metrics.load_row``) as cells, the first line its header.
+
+    A line for each layer (of many layers: percentiles and the worst), then for each domain and token class, whose
+    figures are medians over layers, but for the worst layer's max / mean and dead experts.
+    """
+    cells = [["", "tokens", "max/mean", "cv", "load entropy", "router entropy", "dead", "dropped", "distance"]]
+
+    def line(name: str, tokens: str, pick: Callable[[str], float], distance: str = "") -> list[str]:
+        figures = [f"{pick('max_over_mean'):.2f}", f"{pick('cv'):.2f}", f"{pick('load_entropy'):.3f}",
+                   f"{pick('entropy'):.2f}", f"{pick('dead'):g}", f"{pick('dropped_share'):.2%}"]  # fmt: skip
+        return [name, tokens, *figures, distance]
+
+    layers, loads = row["layers"], row["max_over_mean"]
+    listed = list(range(len(layers)))
+    if len(layers) > ALL_LAYERS:
+        cells += [line(f"layers, {p}", "", lambda key, p=p: row["percentiles"][key][p])
+                  for p in row["percentiles"]["max_over_mean"]]  # fmt: skip
+        listed = sorted(sorted(listed, key=lambda i: -loads[i])[:WORST])
+    cells += [line(f"layer {layers[i]}", "", lambda key, i=i: row[key][i]) for i in listed]
+    for kind in ("by_domain", "by_class"):
+        for name, part in row.get(kind, {}).items():
+
+            def over_layers(key: str, part: dict[str, Any] = part) -> float:
+                return max(part[key]) if key in ("max_over_mean", "dead") else statistics.median(part[key])
+
+            cells.append(line(name, f"{part['share']:.1%}", over_layers, f"{statistics.median(part['distance']):.2f}"))
+    return cells
+
+
+def show_load(row: dict[str, Any], title: str, say: Callable[[str], None] | None = None) -> None:
+    """Prints :func:`load_cells`: a table on a terminal, plain lines through ``say`` or without a terminal."""
+    cells, console = load_cells(row), Console(file=sys.stderr)
+    if say is None and console.is_terminal:
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(cells[0]):
+            table.add_column(name, justify="right" if i else "left")
+        for line in cells[1:]:
+            table.add_row(*line)
+        console.print(table)
+        return
+    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    say(title)
+    for line in cells:
+        first, *rest = (text.rjust(width) for text, width in zip(line, widths, strict=True))
+        say("  ".join(["", line[0].ljust(len(first)), *rest]).rstrip())

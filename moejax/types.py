@@ -73,6 +73,15 @@ class SoftRouting:
 
 
 @pytree
+class TokenClass:
+    """A class of each token (words, digits, ...), by which the layers count loads apart. It changes no routing."""
+
+    id: Int[Array, "T"]
+    """In ``[0, count)``; padding may hold anything."""
+    count: int = static(0)
+
+
+@pytree
 class RouteContext:
     """All that a router or a limit sees beside its own arguments.
 
@@ -87,6 +96,8 @@ class RouteContext:
     positions: Int[Array, "T"] | None = None
     request_ids: Int[Array, "T"] | None = None
     modality: Int[Array, "T"] | None = None
+    token_class: TokenClass | None = None
+    """Only counted: ``MoEMetrics.by_class``. None: loads are not kept apart, and the program has no trace of it."""
     local_experts: Int[Array, "e"] | None = None
     """Expert ids that this rank hosts; None: all of them."""
     loads: Float[Array, "E"] | None = None
@@ -95,6 +106,8 @@ class RouteContext:
     """Mesh axis of expert parallelism inside ``shard_map``; None on one device."""
     train: bool = static(False)
     """Training adds noise and jitter; evaluation does not."""
+    record: bool = static(False)
+    """The layer also hands out its Routing (:class:`RoutingRecord`). False leaves no trace in the program."""
 
 
 @pytree
@@ -131,6 +144,16 @@ class ExpertWeights:
 
 
 @pytree
+class ClassSums:
+    """What :class:`MoEMetrics` sums over all tokens, for the tokens of each class apart (``C`` classes here)."""
+
+    tokens: Float[Array, "C"]
+    routed: Float[Array, "C E"]
+    dropped: Float[Array, "C"]
+    entropy_sum: Float[Array, "C"]
+
+
+@pytree
 class MoEMetrics:
     """What one MoE layer did, as sums over tokens, so that adding them over shards and micro-batches is exact.
 
@@ -161,6 +184,30 @@ class MoEMetrics:
     """Sum over tokens of ``logsumexp(logits)^2``."""
     entropy_sum: Float[Array, ""]
     """Sum over tokens of the entropy of the router's normalised probabilities, in nats."""
+    by_class: ClassSums | None = None
+    """Some of these sums by token class, where the context names classes. They add up to the fields above."""
+
+
+@pytree
+class RoutingRecord:
+    """What one MoE layer decided, for a trace. Each leaf has a leading axis of token shards ``G``; tokens are the
+    shard's own (``t``), as limits saw them."""
+
+    made: Routing
+    """The router's pairs, before limits."""
+    kept: Routing
+    """The pairs after limits, before a transform remaps them."""
+    key: Array | None
+    """Data of the key that router and limits drew from, uint32 ``[G, n]``; None where nothing could be random."""
+
+
+@pytree
+class LayerReport:
+    """What a block says about its MoE layer beside its output."""
+
+    metrics: MoEMetrics
+    record: RoutingRecord | None = None
+    """Where ``RouteContext.record`` asks for it."""
 
 
 @pytree
@@ -172,6 +219,7 @@ class InFlight:
     plan: DispatchPlan
     weight: Float[Array, "R K"]
     metrics: MoEMetrics
+    record: RoutingRecord | None = None
     num_tokens: int = static(0)
 
 

@@ -12,6 +12,8 @@ AT_LEAST = {
     "train.steps": 1, "train.batch_size": 1, "train.accumulate": 1, "train.log_every": 1, "train.eval_every": 1,
     "train.checkpoint_every": 1, "train.keep_checkpoints": 1, "train.weight_decay": 0, "train.final_fraction": 0,
     "eval.batch_size": 1, "eval.max_tokens": 0, "eval.final_max_tokens": 0, "eval.task_limit": 0,
+    "watch.dead_experts": 0, "watch.min_load_entropy": 0, "watch.max_busiest": 0, "watch.min_router_entropy": 0,
+    "watch.min_pairs": 1,
     "table.batch_size": 1, "table.max_tokens": 0, "table.margin": 0, "mesh.expert": 1, "mesh.model": 1,
 }  # fmt: skip
 MODEL_AT_LEAST = {
@@ -30,6 +32,9 @@ def check(config: ExperimentConfig) -> None:
         raise ConfigError(f"train.learning_rate={train.learning_rate}: must be a finite number above 0")
     if not train.clip_norm > 0:
         raise ConfigError(f"train.clip_norm={train.clip_norm}: must be above 0; a large number switches clipping off")
+    for name in ("min_load_entropy", "max_busiest", "min_router_entropy"):
+        if (value := getattr(config.watch, name)) > 1:
+            raise ConfigError(f"watch.{name}={value}: it is a share, at most 1; 0 switches the warning off")
     if config.mesh.data < 1 and config.mesh.data != -1:
         raise ConfigError(f"mesh.data={config.mesh.data}: must be 1 or more, or -1 for all devices that are left")
     if train.batch_size % train.accumulate:

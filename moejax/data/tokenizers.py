@@ -58,6 +58,10 @@ class Tokenizer(abc.ABC):
         """Ids of each text, int32, without special tokens."""
 
     @abc.abstractmethod
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes that each id stands for, perhaps a part of a character; empty for special tokens."""
+
+    @abc.abstractmethod
     def _decode(self, ids: np.ndarray) -> str: ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -88,6 +92,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def token_bytes(self) -> list[bytes]:
+        return [bytes([i]) for i in range(256)] + [b""]
 
     def _decode(self, ids: np.ndarray) -> str:
         return bytes(ids[ids < 256].tolist()).decode("utf-8", errors="replace")
@@ -132,19 +139,24 @@ class BpeTokenizer(Tokenizer):
         self.vocab_size = max(vocab.values()) + 1
         self.name = f"bpe{self.vocab_size}"
         self.hash = hashlib.sha256(f"{found}\n{source}".encode()).hexdigest()[:16]
-        self.byte_lengths = np.zeros(self.vocab_size, np.int32)
-        added = tokenizer.get_added_tokens_decoder()
+        self._bytes = [b""] * self.vocab_size
+        added, alphabet = tokenizer.get_added_tokens_decoder(), byte_alphabet()
         for token, i in vocab.items():
             if i not in added:
-                self.byte_lengths[i] = len(token)  # one character of the byte-level alphabet stands for one byte
+                # text never gives a token with a character outside the alphabet; it keeps its length
+                self._bytes[i] = bytes(alphabet.get(character, 0) for character in token)
             elif not added[i].special:
-                self.byte_lengths[i] = len(token.encode())
+                self._bytes[i] = token.encode()
+        self.byte_lengths = np.array([len(text) for text in self._bytes], np.int32)
         for text in _HARD_SAMPLE:
             self._check(text, label)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encoded]
+
+    def token_bytes(self) -> list[bytes]:
+        return list(self._bytes)
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
@@ -157,6 +169,14 @@ class BpeTokenizer(Tokenizer):
                 f"data.tokenizer: {label} loses bytes: {text[:60]!r} comes back as {back[:60]!r}; use a"
                 " byte-level BPE without normaliser or added prefix space"
             )
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table): printable ones of Latin-1
+    themselves, the others the characters from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def load_tokenizer(
