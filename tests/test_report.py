@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moejax.report import build_report, results_markdown
+from moejax.report import build_report, compare, results_markdown
 from moejax.report.blocks import duration, fixed, percent, significant
 from moejax.report.load import read_run, running_time, series
 from moejax.results import ResultRow, append_rows
@@ -352,7 +352,7 @@ def test_each_figures_data_is_on_the_page_as_csv(page):
     assert lines[0] == f"0,0,{load_line(300)['utilisation'][0][0]}"
 
 
-def test_report_is_light_and_dark_and_figures_take_the_pages_colours(complete):
+def test_report_is_light_and_dark_and_figures_take_the_pages_colours(page, complete):
     text = (complete / "report.html").read_text()
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     assert "var(--series-0)" in text and "var(--heat-0)" in text
@@ -495,13 +495,126 @@ def test_two_runs_after_each_other_with_a_common_figure(complete, tmp_path):
     page = parse(build_report([complete, other], tmp_path / "both.html"))
     assert "2 runs" in page.words
     assert {"#run-1", "#run-2"} <= set(page.links)
-    assert sum("tiny run" in a and "second run" in a for a in page.labels) == 2
+    common = [a for a in page.labels if "tiny run" in a and "second run" in a]
+    titles = ("Training cross-entropy", "Validation, mean of domains", "Busiest expert", "Speed")
+    assert [a.partition(" over steps")[0] for a in common] == list(titles)
     assert page.words.count("Held-out text") == 2
 
 
 def test_two_runs_of_one_name_stay_apart(complete):
     page = parse(build_report([complete, complete]))
     assert "tiny run (run-1)" in page.words and "tiny run (run-2)" in page.words
+
+
+def test_runs_beside_each_other_show_the_fields_that_differ(complete, tmp_path):
+    def fields(*folders):
+        (section,) = [s for s in compare.overview([read_run(f, f"run-{i}") for i, f in enumerate(folders)])
+                      if s.anchor == "fields"]  # fmt: skip
+        return section.blocks
+
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((complete / "config.json").read_text())
+    config["name"], config["model"]["num_layers"], config["model"]["moe"]["losses"] = "second", 6, {"balance": 0.02}
+    (other / "config.json").write_text(json.dumps(config))
+    (table,) = fields(complete, other)
+    assert table.columns == ["field", "tiny run", "second"] and table.caption == "3 of 11 fields differ."
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["name", "tiny run", "second"],
+        ["model.num_layers", "4", "6"],
+        ["model.moe.losses.balance", "–", "0.02"],
+    ]
+    (same,) = fields(complete, complete)
+    assert same.items == ["The runs have the same config."]
+    (tmp_path / "empty").mkdir()
+    assert fields(complete, tmp_path / "empty", other)[1].items == ["No config.json: empty."]
+
+
+def test_a_run_keeps_its_colour_where_another_has_no_point(complete, tmp_path):
+    make_workdir(tmp_path / "late", "late run")
+    early = tmp_path / "early"
+    early.mkdir()
+    write_lines(early / "metrics.jsonl", [train_line(10)])
+    text = Path(build_report([early, tmp_path / "late"], tmp_path / "both.html")).read_text()
+    (figure,) = re.findall(r'<svg[^>]*aria-label="Validation, mean of domains over.*?</svg>', text, re.DOTALL)
+    assert "var(--series-1)" in figure and "var(--series-0)" not in figure
+
+
+def test_a_heat_map_has_a_scale_in_words(page, complete):
+    assert "load / ideal; 1 is an even share under 0.01 (dead) 0.01 to 0.25 0.25 to 0.5 0.5 to 0.8" in page.words
+    assert "2 to 4 4 and more" in page.words
+    text = (complete / "report.html").read_text()
+    assert [f"--heat-{i}" in text for i in range(9)] == [True] * 8 + [False]
+
+
+def test_numbers_in_figures_keep_their_digits(tmp_path):
+    rows = [
+        ResultRow(kind="value", paper="p", table="t", row=f"{x}", metric="loss", value=1 + x, extra={"x": x})
+        for x in (0.001, 0.003, 0.01)
+    ]
+    append_rows(tmp_path / "results.jsonl", rows)
+    text = Path(build_report([tmp_path])).read_text()
+    ticks = re.findall(r"<text[^>]*>([^<]*)</text>", text)
+    assert {"0.001", "0.003", "0.01", "x, logarithmic"} <= set(ticks)
+
+
+def sweep_folder(path):
+    """A sweep's folder as ``experiments.sweep`` leaves it: docs/sweeps.md."""
+    path.mkdir()
+    runs = {
+        "k=1,seed=0-aa": {"status": "finished", "label": "k=1", "seed": 0, "seconds": 61.2},
+        "k=2,seed=0-bb": {
+            "status": "failed",
+            "label": "k=2",
+            "seed": 0,
+            "why": "exit code 2",
+            "error": "x\nerror: <no>",
+        },
+    }
+    points = [*runs, "k=3,seed=0-cc"]
+    command = "python -m experiments.sweep --config=a.py --sweep=b/ks.py --workdir=s"
+    facts = {"sweep": "b/ks.py", "config": "a.py", "command": command, "points": points, "runs": runs}
+    (path / "sweep.json").write_text(json.dumps(facts))
+    rows = [
+        ResultRow(
+            kind="value", paper="sweep", table="ks", row=f"k={k}", metric="bits_per_byte/mean", unit="bits per byte",
+            value=2.0 + k, values_by_seed=dict.fromkeys(range(3), 2.0 + k), interval=(1.9 + k, 2.1 + k),
+            interval_kind="95 %, t over seeds", config="small", command=f"{command} '--only=k={k}, a=b'",
+            extra={"arm": "k", "x": k, "x_name": "k"},
+        )
+        for k in (1, 2)
+    ]  # fmt: skip
+    append_rows(path / "results.jsonl", rows)
+    return path
+
+
+def test_a_sweeps_folder_has_a_report(tmp_path):
+    path = build_report([sweep_folder(tmp_path / "s")])
+    page = parse(path)
+    assert page.words.startswith(
+        "sweep ks · moejax report moejax report sweep ks 1 of 3 points finished, 1 failed, 1 w"
+    )
+    assert "k=2,seed=0-bb: exit code 2. error: <no>" in page.words
+    assert "k=1 0 finished 1 min 1 s k=1,seed=0-aa" in page.words and "waiting" in page.words
+    assert "row ours, bits per byte interval seeds k=1 3.0000 [2.9000, 3.1000] 3" in page.words
+    assert page.words.count("--sweep=b/ks.py --workdir=s") == 2 and "--only" not in page.words
+    assert any("mean over k" in label and "4 at 2" in label for label in page.labels)
+    for absent in ("The final evaluation has not run yet", "No expert load", "judged by the contrasts"):
+        assert absent not in page.words
+    (tmp_path / "s" / "sweep.json").write_text("[")
+    assert "Could not be drawn" in parse(build_report([tmp_path / "s"])).words
+
+
+def test_results_files_have_a_report(complete, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text((complete / "results.jsonl").read_text() + "{broken\n")
+    page = parse(build_report([], tmp_path / "r.html", [file]))
+    assert "results only" in page.words and "score < random by more than 0.005" in page.words
+    assert "rows.jsonl:25: broken line" in page.words and "has not run yet" not in page.words
+    with pytest.raises(ValueError, match="--output"):
+        build_report([], None, [file])
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        build_report([], tmp_path / "r.html", [tmp_path / "none.jsonl"])
 
 
 def command(*arguments):
@@ -516,6 +629,14 @@ def test_command_line(complete, tmp_path):
     parse(tmp_path / "r.html")
     done = command(f"--results={complete / 'results.jsonl'}", "--format=markdown")
     assert done.returncode == 0 and done.stdout == results_markdown(table_rows()), done.stderr
+
+
+def test_a_broken_line_is_named_and_costs_itself_only(complete, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{broken\n" + (complete / "results.jsonl").read_text())
+    done = command(f"--results={file}", "--format=markdown")
+    assert done.returncode == 1 and done.stdout == results_markdown(table_rows())
+    assert f"error: {file}:1: broken line" in done.stderr
 
 
 def test_markdown_tables():

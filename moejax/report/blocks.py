@@ -54,6 +54,10 @@ class Figure:
     data: Sequence[Sequence[Any]] = ()
     """Header and rows, offered as CSV."""
     wide: bool = False
+    scale: Sequence[tuple[str, str]] = ()
+    """Classes of a heat map: (name of a CSS colour, words)."""
+    scale_title: str = ""
+    """What the classes measure, with its unit."""
     block: str = "figure"
 
     @property

@@ -7,19 +7,22 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from moejax.report import sections, tables
-from moejax.report.blocks import Cell, Notes, Row, Section, Table, fixed, number
+from moejax.report import compare, health, sections, sweeps, tables
+from moejax.report.blocks import Notes, Section
 from moejax.report.caveats import caveats
-from moejax.report.load import Run, read_run, series
-from moejax.results import write_atomically
+from moejax.report.load import Run, read_run
+from moejax.results import scan_rows, write_atomically
 
 SECTIONS: tuple[tuple[str, Callable[[Run], Section | list[Section]]], ...] = (
     ("Verdicts", lambda run: tables.verdict_counts([run])),
     ("Run", sections.facts),
+    ("Sweep", sweeps.sweep),
     ("Tables", tables.tables),
     ("Loss", sections.curves),
     ("Held-out text", sections.held_out),
+    ("Warnings", health.warnings),
     ("Expert load", sections.load),
+    ("Expert load by domain and token class", health.load_parts),
     ("Tasks", sections.tasks),
     ("What this does not show", caveats),
 )
@@ -28,24 +31,37 @@ SECTIONS: tuple[tuple[str, Callable[[Run], Section | list[Section]]], ...] = (
 _FOLDER = Path(__file__).parent
 
 
-def build_report(workdirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Writes the report of ``workdirs`` and returns its path.
+def build_report(
+    workdirs: Sequence[str | Path], output: str | Path | None = None, results: Sequence[str | Path] = ()
+) -> Path:
+    """Writes the report of ``workdirs`` and of ``results`` and returns its path.
 
     Args:
-      workdirs: folders of runs; a run may be unfinished, and a part without data is named as missing.
+      workdirs: folders of runs or sweeps; a run may be unfinished, and a part without data is named as missing.
       output: the file. None: ``report.html`` in the first workdir.
+      results: results files without a workdir, such as committed ones.
 
     Raises:
-      ValueError: no workdir.
-      FileNotFoundError: a workdir that does not exist.
+      ValueError: nothing to report, or results files only and no ``output``.
+      FileNotFoundError: a workdir or file that does not exist.
     """
-    if not workdirs:
+    if not (workdirs or results):
         raise ValueError("--workdir: give the folder of at least one run")
+    if output is None and not workdirs:
+        raise ValueError("--output: name the file that the report of results files goes to")
     runs = [read_run(workdir, f"run-{i}") for i, workdir in enumerate(workdirs, start=1)]
+    runs += [_of_file(Path(file), f"run-{i}") for i, file in enumerate(results, start=len(runs) + 1)]
     path = Path(output) if output is not None else Path(workdirs[0]) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, render(runs))
     return path
+
+
+def _of_file(path: Path, key: str) -> Run:
+    if not path.is_file():
+        raise FileNotFoundError(f"--results={path}: no such file")
+    rows, broken = scan_rows(path)
+    return Run(path, key, rows=rows, problems=broken)
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -64,16 +80,25 @@ def render(runs: Sequence[Run]) -> str:
         (
             run,
             Notes(run.problems, "problem") if run.problems else None,
-            [section for name, make in SECTIONS for section in _made(name, make, run)],
+            _sections(run),
         )
         for run in runs
     ]
     return environment.get_template("template.html.jinja").render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        title=sweeps.title(runs[0])[0] if len(runs) == 1 else f"{len(runs)} runs",
+        titles={run.key: sweeps.title(run) for run in runs},
         parts=parts,
-        overview=overview(runs) if len(runs) > 1 else [],
+        overview=compare.overview(runs) if len(runs) > 1 else [],
         css=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
     )
+
+
+def _sections(run: Run) -> list[Section]:
+    """All sections; those of training that are missing are left out where there was none: a sweep, a results file."""
+    found = [section for name, make in SECTIONS for section in _made(name, make, run)]
+    if run.config or run.env or any(run.metrics.values()) or not (run.rows or (run.path / sweeps.LEDGER).exists()):
+        return found
+    return [section for section in found if not section.absent or section.anchor.startswith("failed-")]
 
 
 def _made(name: str, make: Callable[[Run], Section | list[Section]], run: Run) -> list[Section]:
@@ -88,52 +113,3 @@ def _made(name: str, make: Callable[[Run], Section | list[Section]], run: Run) -
 
 def _data_uri(text: str) -> str:
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.encode()).decode()
-
-
-def overview(runs: Sequence[Run]) -> list[Section]:
-    """Several runs beside each other: one line each, their losses in one figure, all verdicts."""
-    labels = [run.name if [r.name for r in runs].count(run.name) == 1 else f"{run.name} ({run.key})" for run in runs]
-    rows = []
-    for run, label in zip(runs, labels, strict=True):
-        losses, valid = (
-            series(run.lines("train"), "ce")[1],
-            series(run.lines("valid"), "mean_bits_per_byte")[1],
-        )
-        rows.append(
-            [
-                Cell(label),
-                Cell(str(run.path)),
-                Cell(run.status),
-                number(fixed(losses[-1] if losses else None)),
-                number(fixed(min(valid, default=None))),
-                number(f"{len(run.rows):,}"),
-            ]
-        )
-    columns = [
-        "run",
-        "workdir",
-        "status",
-        "last training cross-entropy, nats per token",
-        "best validation, bits per byte",
-        "results rows",
-    ]
-    figures = [
-        sections.curve_figure(
-            "compare-train",
-            "Training cross-entropy",
-            "nats per token",
-            [(label, series(run.lines("train"), "ce")) for run, label in zip(runs, labels, strict=True)],
-        ),
-        sections.curve_figure(
-            "compare-valid",
-            "Validation, mean of domains",
-            "bits per byte",
-            [
-                (label, series(run.lines("valid"), "mean_bits_per_byte"))
-                for run, label in zip(runs, labels, strict=True)
-            ],
-        ),
-    ]
-    shown = [figure for figure in figures if figure is not None]
-    blocks = [Table(columns, rows), *([Row(shown)] if shown else [])]
-    return [Section("runs", "Runs", blocks), tables.verdict_counts(runs, "all-verdicts")]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moejax.report.blocks import Cell, Table, metric_words
-from moejax.report.tables import contrast_table, group_rows, headline, table_title, value_tables
+from moejax.report.tables import commands, contrast_table, group_rows, headline, table_title, value_tables
 from moejax.results import ResultRow
 from moejax.verdicts import count_verdicts
 
@@ -62,5 +62,4 @@ def _origin(rows: Sequence[ResultRow]) -> str:
     facts = [f"{len(rows)} rows" + (f" ({', '.join(metrics)})" if len(metrics) <= 4 else "")]
     facts += [f"measured on {', '.join(devices)}"] if devices else []
     facts += [f"commit {', '.join(commits)}"] if commits else []
-    commands = sorted({row.command for row in rows if row.command})
-    return "; ".join(facts) + "." + "".join(f"\n\n```\n{command}\n```" for command in commands)
+    return "; ".join(facts) + "." + "".join(f"\n\n```\n{command}\n```" for command in commands(rows))

@@ -37,6 +37,8 @@ _VARIABLES = {
     **{color: f"series-{i}" for i, color in enumerate(SERIES)},
     **{color: f"heat-{i}" for i, color in enumerate(HEAT)},
 }
+LOG_FROM = 10.0
+"""Ratio of the largest to the smallest x from which on the axis of ``arms`` is logarithmic."""
 _MARKERS = "os^Dv<>P"
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 _STYLE: dict[Any, Any] = {
@@ -75,6 +77,8 @@ class Line:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     """Ends of intervals, as long as ``y`` or empty; NaN where there is none."""
+    series: int | None = None
+    """Its colour and dashes. None: by its place among the lines."""
 
 
 def render(draw: Callable[[Figure], None], name: str, alt: str, size: tuple[float, float]) -> str:
@@ -104,7 +108,8 @@ def _inline(svg: str, name: str, alt: str) -> str:
     body = re.sub(r'xlink:href="#', f'href="#{prefix}', body)
     for color, variable in _VARIABLES.items():
         body = body.replace(color, f"var(--{variable})")
-    body = re.sub(r"(\d+\.\d{2})\d+", r"\1", body)  # a hundredth of a point is finer than any screen
+    # A hundredth of a point is finer than any screen. In tags only: the text of a tick may be 0.001.
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag.group()), body)
     body = re.sub(r"\n\s*", "\n", body)
     return f'<svg role="img" aria-label="{escape(alt)}" {box.group() if box else ""}>{body}'
 
@@ -118,12 +123,19 @@ def _thousands(value: float, _: Any) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,g}"
 
 
+def _large_numbers(axes: Axes) -> None:
+    """7,000 and 70k rather than 7000 and 70000 on the y axis."""
+    if max(map(abs, axes.get_ylim())) >= 1000:
+        axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+
+
 def curves(lines: Sequence[Line], name: str, alt: str, xlabel: str, ylabel: str, hlines: Sequence[tuple] = ()) -> str:
     """Values over steps. ``hlines``: (label, y) of dashed levels."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for i, line in enumerate(lines):
+        for place, line in enumerate(lines):
+            i = place if line.series is None else line.series
             marker = "o" if len(line.x) == 1 else ""
             axes.plot(line.x, line.y, color=SERIES[i % 8], ls=_DASHES[i % 8], marker=marker, label=line.label)
         for label, y in hlines:
@@ -133,6 +145,7 @@ def curves(lines: Sequence[Line], name: str, alt: str, xlabel: str, ylabel: str,
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
         axes.margins(x=0.02)
+        _large_numbers(axes)
         _legend(axes, len(lines) + len(hlines))
 
     return render(draw, name, alt, (4.9, 3.2))
@@ -146,36 +159,42 @@ def arms(
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         xs = sorted({x for line in lines for x in line.x})
-        step = min((after - before for before, after in itertools.pairwise(xs)), default=1.0)
+        log = xs[0] > 0 and xs[-1] / xs[0] >= LOG_FROM
+        gaps = [math.log(after / before) if log else after - before for before, after in itertools.pairwise(xs)]
+        step = min(gaps, default=1.0)
         for i, line in enumerate(lines):
             # Arms stand a little beside each other, so that intervals at the same x can be told apart.
             shift = (i - (len(lines) - 1) / 2) * min(0.08, 0.4 / len(lines)) * step
-            at = [x + shift for x in line.x]
+            at = [x * math.exp(shift) if log else x + shift for x in line.x]
             axes.plot(at, line.y, label=line.label, color=SERIES[i % 8], ls=_DASHES[i % 8], marker=_MARKERS[i % 8])
             for x, low, high in zip(at, line.low, line.high, strict=False):
                 if math.isfinite(low) and math.isfinite(high):
                     axes.plot([x, x], [low, high], color=SERIES[i % 8], lw=1)
         if baseline is not None:
             axes.axhline(baseline[1], color=MUTED, ls=(0, (4, 3)), lw=1.2, label=baseline[0])
-        axes.set_xlabel(xlabel)
+        if log:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        axes.set_xlabel(xlabel + (", logarithmic" if log else ""))
         axes.set_ylabel(ylabel)
         axes.set_xticks(xs)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.margins(x=0.04, y=0.08)
+        _large_numbers(axes)
         _legend(axes, len(lines) + (baseline is not None))
 
     return render(draw, name, alt, (4.9, 3.4))
 
 
 def heat_map(utilisation: Sequence[Sequence[float]], layers: Sequence[Any], name: str, alt: str) -> str:
-    """Load / ideal of every expert (columns) in every layer (rows), in eight classes around 1.
+    """Load / ideal of every expert (columns) in every layer (rows), in eight classes around 1 (:func:`heat_scale`).
 
     Cells of one class are one path, so that hundreds of experts in dozens of layers stay small.
     """
     experts = max(len(row) for row in utilisation)
 
     def draw(figure: Figure) -> None:
-        bar, axes = figure.subplots(2, 1, height_ratios=[0.22, max(0.8, 0.2 * len(utilisation))])
+        axes = figure.subplots()
         gap = 0.04 if experts <= 128 else 0.0
         for level, color in enumerate(HEAT):
             cells = [
@@ -187,21 +206,23 @@ def heat_map(utilisation: Sequence[Sequence[float]], layers: Sequence[Any], name
             paths = [cell.get_path().transformed(cell.get_patch_transform()) for cell in cells]
             if paths:
                 axes.add_patch(PathPatch(Path.make_compound_path(*paths), facecolor=color, lw=0))
-            bar.add_patch(Rectangle((level, 0), 1, 1, facecolor=color, lw=0))
-        bar.set(xlim=(0, len(HEAT)), ylim=(0, 1), yticks=[], xticks=range(1, len(HEAT)))
-        bar.set_xticklabels([f"{bound:g}" for bound in HEAT_BOUNDS[1:-1]])
-        bar.set_title("load / ideal: 1 is even, 2 is twice its share; leftmost: dead", fontsize=9, fontweight="normal")
         axes.set(xlim=(0, experts), ylim=(len(utilisation), 0), xlabel="expert", ylabel="layer")
         every = max(1, math.ceil(len(layers) / 24))
         axes.set_yticks([i + 0.5 for i in range(0, len(layers), every)], [str(v) for v in layers[::every]])
         stride = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if experts / s <= 17 or s == 256)
         axes.set_xticks([e + 0.5 for e in range(0, experts, stride)], [str(e) for e in range(0, experts, stride)])
-        for each in (bar, axes):
-            each.grid(False)
-            each.spines[:].set_visible(False)
-            each.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
 
-    return render(draw, name, alt, (9.6, 1.35 + 0.2 * max(4, len(utilisation))))
+    return render(draw, name, alt, (9.6, 0.75 + 0.2 * max(4, len(utilisation))))
+
+
+def heat_scale() -> list[tuple[str, str]]:
+    """The classes of :func:`heat_map`, as (name of a CSS colour, words); drawn as text, so that it wraps on a phone."""
+    words = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(HEAT_BOUNDS)]
+    words[0], words[-1] = f"under {HEAT_BOUNDS[1]:g} (dead)", f"{HEAT_BOUNDS[-2]:g} and more"
+    return [(_VARIABLES[color], text) for color, text in zip(HEAT, words, strict=True)]
 
 
 def forest(

@@ -125,6 +125,11 @@ def thin(steps: list[int], values: list[float], points: int = POINTS) -> tuple[l
     return [steps[b - 1] * 1.0 for _, b in parts], [statistics.fmean(values[a:b]) for a, b in parts]
 
 
+def last_value(value: float) -> str:
+    """Three decimals, fewer for what is large."""
+    return fixed(value, 3) if abs(value) < 100 else significant(value)
+
+
 def curve_figure(
     name: str,
     title: str,
@@ -133,10 +138,11 @@ def curve_figure(
     prefix: str = "",
 ) -> Figure | None:
     """A figure of curves over steps from (label, (steps, values)); None without a point."""
-    lines = [plots.Line(label, *thin(*points)) for label, points in found if points[0]]
+    # One that has no point yet keeps its colour free: a run looks the same in every figure.
+    lines = [plots.Line(label, *thin(*points), series=i) for i, (label, points) in enumerate(found) if points[0]]
     if not lines:
         return None
-    ends = "; ".join(f"{line.label} {line.y[-1]:.3f} at step {line.x[-1]:,.0f}" for line in lines)
+    ends = "; ".join(f"{line.label} {last_value(line.y[-1])} at step {line.x[-1]:,.0f}" for line in lines)
     alt = f"{title} over steps. Last: {ends}."
     data = [
         ["series", "step", ylabel],
@@ -253,6 +259,8 @@ def load(run: Run) -> Section:
         alt.replace("Heat map of expert load", "Utilisation (load / ideal)"),
         data,
         wide=True,
+        scale=plots.heat_scale(),
+        scale_title="load / ideal; 1 is an even share",
     )
 
     experts = max(map(len, grid))

@@ -2,6 +2,7 @@
 not shown."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,10 @@ from moejax.results import ResultRow
 from moejax.verdicts import count_verdicts
 from moejax.verdicts.contrast import known_sign
 
+SWEEP = "sweep"
+"""``paper`` of the rows that ``experiments.sweep`` makes."""
 PAPERS = {
+    SWEEP: "Sweep",
     "capacity_aware": "Capacity-Aware Inference, arXiv 2503.05066",
     "dualsparse": "DualSparse-MoE, arXiv 2508.18376",
     "scmoe": "ScMoE, arXiv 2404.05019",
@@ -108,10 +112,15 @@ def _origin(rows: Sequence[ResultRow]) -> list[Block]:
         ("config hash", ", ".join(sorted({row.config_hash for row in rows if row.config_hash}))),
         ("checkpoint hash", ", ".join(sorted({row.checkpoint_hash for row in rows if row.checkpoint_hash}))),
         ("commit", ", ".join(sorted(commits))),
-        *(("command", command) for command in sorted({row.command for row in rows if row.command})),
+        *(("command", command) for command in commands(rows)),
     ]
     known = [(name, value) for name, value in items if value]
     return [Facts(known)] if known else []
+
+
+def commands(rows: Sequence[ResultRow]) -> list[str]:
+    """The commands that made the rows, each once; of a sweep the one that makes all its rows."""
+    return sorted({re.sub(r" '?--only=.*", "", row.command) for row in rows if row.command})
 
 
 def value_tables(values: Sequence[ResultRow], first: str | None) -> list[Table]:
@@ -167,9 +176,15 @@ def value_table(rows: Sequence[ResultRow], folded: bool = False) -> Table:
         caption += " (lower is better)" if known_sign(rows[0].metric) == "a < b" else " (higher is better)"
     caption += "".join(f". Interval: {kind}" for kind in kinds)
     caption += "".join(f". Published: {note}" for note in notes)
-    if any(row.verdict is None for row in rows):
+    sweep = rows[0].paper == SWEEP
+    if not sweep and any(row.verdict is None for row in rows):
         caption += ". A row without a verdict is judged by the contrasts only"
-    return Table(columns, cells, caption + ".", folded)
+    keep = [
+        i
+        for i, name in enumerate(columns)
+        if i < 2 or (name == "verdict" and not sweep) or any(line[i].text != NONE for line in cells)
+    ]
+    return Table([columns[i] for i in keep], [[line[i] for i in keep] for line in cells], caption + ".", folded)
 
 
 def digits_of(row: ResultRow) -> str:
@@ -268,7 +283,7 @@ def arm_figure(rows: Sequence[ResultRow], metric: str, name: str) -> Figure | No
     caption = f"Ours: {words} over {xname}." + (
         f" Dashed: {base.row}, {significant(base.value)}." if base and level else ""
     )
-    ylabel = f"{words}{f' ({unit})' if unit and unit not in words else ''}"
+    ylabel = f"{words}{f' ({unit})' if unit and unit.replace('/', ' per ') not in words else ''}"
     return Figure(name, plots.arms(lines, level, name, alt, xname, ylabel), alt, caption, data)
 
 
