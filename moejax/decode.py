@@ -56,10 +56,12 @@ def generate(
     sampler: Sampler = greedy,
     key: PRNGKeyArray | None = None,
     stop_id: int | None = None,
+    pad_to: int = 0,
 ) -> Iterator[np.ndarray]:
     """Yields one new token for each row, ``max_new_tokens`` times at most; stops when every row has met ``stop_id``.
 
-    Prompts may differ in length: they are padded on the right, and padding enters neither cache nor experts.
+    Prompts may differ in length: they are padded on the right, to at least ``pad_to`` tokens (so that batches of other
+    lengths need no compilation of their own), and padding enters neither cache nor experts.
 
     Raises:
       ValueError: an empty prompt.
@@ -67,7 +69,7 @@ def generate(
     if any(len(p) == 0 for p in prompts):
         raise ValueError("an empty prompt has no last token to continue from: start it with the end-of-text token")
     key = jax.random.key(0) if key is None else key
-    longest = max(len(p) for p in prompts)
+    longest = max([pad_to, *(len(p) for p in prompts)])
     tokens, mask = np.zeros((len(prompts), longest), np.int32), np.zeros((len(prompts), longest), bool)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True

@@ -1,0 +1,203 @@
+"""Evaluates a checkpoint with lm-eval (EleutherAI's harness): any of its tasks, also those that generate text.
+
+    pip install 'moejax[eval]'
+    python -m experiments.lm_eval --checkpoint=runs/ca --tasks=lambada_openai,arc_easy [--num_fewshot=5] [--limit=100]
+        [--batch_size=8] [--max_length=2048] [--add_bos_token] [--output=results.json]
+    python -m experiments.lm_eval --checkpoint=runs/ca --tasks=mine --include_path=FOLDER    # tasks of one's own
+
+From Python: ``lm_eval.simple_evaluate(model=experiments.lm_eval.open_model("runs/ca"), tasks=[...])``. The definitions
+are lm-eval's (``docs/tasks.md``).
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from experiments import session
+from experiments.generate import tokenizer_of
+from moejax import decode
+from moejax.checkpoint import load_model
+from moejax.config import ConfigError
+from moejax.evaluate.harness import GenerateFn, Harness, adapt
+from moejax.evaluate.scoring import Batch, ScoreFn
+from moejax.model import Decoder
+from moejax.results import write_atomically
+from moejax.train import token_nll
+
+
+def score_fn(model: Decoder, vocab_size: int, *, dropless: bool) -> ScoreFn:
+    """Log-probabilities of targets under the model, and whether each is the likeliest of the tokenizer's ids.
+
+    Args:
+      model: computes in its ``compute_dtype``, log-probabilities in float32.
+      vocab_size: of the tokenizer; the model's is padded.
+      dropless: without the config's limits, so that the answer to one request does not depend on the others.
+    """
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State, batch: dict[str, Array]) -> tuple[Array, Array]:
+        out = nnx.merge(graph, state)(
+            batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], mask=batch["mask"],
+            limits=() if dropless else None, key=jax.random.key(0),
+        )  # fmt: skip
+        greedy = jnp.argmax(out.logits[..., :vocab_size], axis=-1) == batch["targets"]
+        return -token_nll(out.logits, batch["targets"]), greedy
+
+    def score(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        logprob, greedy = run(state, {name: jnp.asarray(value) for name, value in batch.items()})
+        return np.asarray(logprob), np.asarray(greedy)
+
+    return score
+
+
+def generate_fn(model: Decoder, vocab_size: int) -> GenerateFn:
+    """Greedy decoding; ids that the tokenizer does not have are never chosen. Dropless, as all decoding is."""
+
+    def known(logits: Float[Array, "B V"], key: Array) -> Int[Array, "B"]:
+        return decode.greedy(logits[:, :vocab_size], key)
+
+    def generate(prompts: list[np.ndarray], max_new_tokens: int, pad_to: int) -> Iterator[np.ndarray]:
+        return decode.generate(model, prompts, max_new_tokens, sampler=known, pad_to=pad_to)
+
+    return generate
+
+
+def open_harness(
+    checkpoint: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    max_length: int | None = None,
+    dropless: bool = True,
+    **options: Any,
+) -> tuple[Harness, str]:
+    """(the checkpoint's model as `Harness`, its name: model name, step and tokenizer).
+
+    Args:
+      checkpoint: workdir of a run, its checkpoints folder, or one step folder.
+      dtype: of the computation; None: the config's.
+      max_length: tokens that the model sees at once; None: the sequence length of its training.
+      dropless: without the config's limits (capacity factor); generation is always so.
+      options: further fields of `Harness`.
+
+    Raises:
+      ConfigError: no checkpoint there, or its tokenizer is not what it was.
+    """
+    model, config, meta = load_model(checkpoint, compute_dtype=dtype)
+    tokenizer = tokenizer_of(config.data, meta.get("data", {}))
+    size = tokenizer.vocab_size
+    harness = Harness(
+        score_fn(model, size, dropless=dropless),
+        generate_fn(model, size),
+        tokenizer,
+        max_length or config.data.seq_len,
+        **options,
+    )
+    return (
+        harness,
+        f"{config.name} step {meta['step']} of {Path(checkpoint).resolve()}, {tokenizer.name} {tokenizer.hash}",
+    )
+
+
+def open_model(checkpoint: str | Path, **options: Any) -> Any:
+    """The checkpoint as an ``lm_eval.api.model.LM``; arguments and errors as :func:`open_harness`, and ConfigError
+    without lm-eval."""
+    return adapt(*open_harness(checkpoint, **options))
+
+
+def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
+    del argv
+    flags.DEFINE_string("checkpoint", None, "Workdir, its checkpoints folder, or one step folder.", flag_values=values)
+    flags.DEFINE_list("tasks", [], "Names of lm-eval's tasks, with commas between.", flag_values=values)
+    flags.DEFINE_integer("num_fewshot", None, "Examples in the context. Default: the task's.", 0, flag_values=values)
+    flags.DEFINE_integer("limit", None, "Documents of each task. Default: all.", 1, flag_values=values)
+    flags.DEFINE_integer("batch_size", 8, "Requests of max_length tokens at a time.", 1, flag_values=values)
+    flags.DEFINE_integer("max_length", None, "Tokens seen at once. Default: as in training.", 1, flag_values=values)
+    flags.DEFINE_integer("max_gen_toks", 256, "Tokens to generate where a task says nothing.", 1, flag_values=values)
+    flags.DEFINE_bool("add_bos_token", False, "Begin contexts with the end-of-text token.", flag_values=values)
+    flags.DEFINE_bool("dropless", True, "Score without the model's own capacity limits.", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Type of the computation. Default: the config's.", flag_values=values
+    )
+    flags.DEFINE_string("include_path", None, "Folder of further task files (YAML).", flag_values=values)
+    flags.DEFINE_string("output", None, "JSON file for the results.", flag_values=values)
+
+
+def command(values: flags.FlagValues) -> int:
+    if not values.checkpoint:
+        raise ConfigError("--checkpoint is missing: give the workdir of a run, e.g. --checkpoint=runs/quickstart")
+    if not values.tasks:
+        raise ConfigError("--tasks is missing: name lm-eval's tasks, e.g. --tasks=lambada_openai,arc_easy")
+    if values.output and not Path(values.output).absolute().parent.is_dir():
+        folder = Path(values.output).parent
+        raise ConfigError(f"--output={values.output}: there is no folder {folder}; make it first")
+    if values.include_path and not Path(values.include_path).is_dir():
+        raise ConfigError(f"--include_path={values.include_path}: there is no such folder")
+    manager = task_manager(values.tasks, values.include_path)
+    harness, name = open_harness(
+        values.checkpoint,
+        dtype=values.dtype,
+        max_length=values.max_length,
+        dropless=values.dropless,
+        batch_size=values.batch_size,
+        add_bos_token=values.add_bos_token,
+        max_gen_toks=values.max_gen_toks,
+    )
+    evaluate(harness, name, manager, values)
+    return 0
+
+
+def task_manager(tasks: list[str], include_path: str | None) -> Any:
+    """lm-eval's index of tasks.
+
+    Raises:
+      ConfigError: lm-eval is not installed, or has no such task.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval is not installed: pip install 'moejax[eval]'")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise ConfigError(
+            f"--tasks={','.join(unknown)}: lm-eval has no such task; `lm_eval ls tasks` lists them; --include_path "
+            "names a folder of your own"
+        )
+    return manager
+
+
+def evaluate(harness: Harness, name: str, manager: Any, values: flags.FlagValues) -> None:
+    """Runs the tasks, prints lm-eval's table, and writes its results."""
+    import lm_eval
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    results = lm_eval.simple_evaluate(
+        model=adapt(harness, name),
+        tasks=manager.match_tasks(values.tasks),
+        num_fewshot=values.num_fewshot,
+        limit=values.limit,
+        task_manager=manager,
+        log_samples=False,
+    )
+    print(make_table(results))
+    if "groups" in results:
+        print(make_table(results, "groups"))
+    if values.output:
+        settings = {n: values[n].value for n in ("add_bos_token", "dropless", "dtype", "num_fewshot", "limit")}
+        settings |= {"max_length": harness.max_length, "batch_size": harness.batch_size, "lm_eval": lm_eval.__version__}
+        table = {"model": name, "settings": settings} | results
+        write_atomically(Path(values.output), json.dumps(table, indent=1, default=handle_non_serializable) + "\n")
+        session.say(f"{values.output}: results of {name}")
+
+
+if __name__ == "__main__":
+    session.launch(define_flags, command)
