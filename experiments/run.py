@@ -3,7 +3,9 @@
     python -m experiments.run --config=configs/papers/capacity_aware.py:tiny --workdir=runs/ca --config.train.steps=200
 
 The same command on the same workdir resumes; what is finished is skipped. ``--dry_run`` checks the config and prints
-the plan without touching the workdir or allocating the model.
+the plan without touching the workdir or allocating the model, for any devices: --mesh=data=8,expert=2, --platform,
+--dry_run_compile (``docs/plan.md``). ``--row=ID`` measures a results row again and says
+whether it agrees (``docs/results.md``).
 """
 
 import contextlib
@@ -13,19 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import session
+from experiments import dry_run, session
 from experiments.training_rows import PAPER as TRAINING
 from experiments.training_rows import training_rows
 from moejax import checkpoint, count, metrics, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash
-from moejax.data import Corpus, eval_batches, load_corpus
-from moejax.evaluate import bits_per_byte, evaluate_tasks, prepare
-from moejax.loop import Run, resolve_vocab
+from moejax.data import Corpus, load_corpus, train_iterator
+from moejax.evaluate import evaluate_tasks, prepare
+from moejax.loop import Run, check_origin, resolve_vocab
 from moejax.ngram import ngram_baseline
+from moejax.progress import show_load
 from moejax.results import append_rows, read_rows
 from moejax.tasks import Task, continuation_task, load_task
 
@@ -60,23 +62,13 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
     if done and done[-1].get("asked") == asked:
         say(f"evaluation of step {step}: done before")
         return False
-    scorer = run.scorer(state)
     split = config.eval.final_split
-    scores = {
-        domain: bits_per_byte(
-            scorer,
-            eval_batches(
-                corpus,
-                domain,
-                split,
-                batch_size=config.eval.batch_size,
-                max_tokens=config.eval.final_max_tokens,
-            ),
-            corpus.tokenizer,
-        )
-        for domain in corpus.domains
-        if split in corpus.splits(domain)
-    }
+    scores, loads = run.score_domains(run.scorer(state), split, config.eval.final_max_tokens)
+    if loads:
+        load = run.load_row("final_load", step, loads) | {"split": split}
+        run.writer.write(load)
+        title = f"expert load of step {step}, {split} text (docs/healthy.md):"
+        show_load(load, title, None if say is session.say else say)
     cut = f"; the model read its first {config.eval.final_max_tokens} tokens" if config.eval.final_max_tokens else ""
     say(f"fitting byte n-gram baselines (they read the whole split{cut}) ...")
     ngram = {str(n): ngram_baseline(corpus, n, split, max_train_bytes=NGRAM_TRAIN_BYTES) for n in NGRAM_ORDERS}
@@ -168,23 +160,30 @@ def run_command(
     corpus = load_corpus(config.data)
     config = resolve_vocab(config, corpus)
     check_held_out(config, corpus)
+    train_iterator(corpus, batch_size=config.train.batch_size, seed=config.train.seed)  # raises where text is too short
     tasks = load_tasks(config, corpus)
     session.grouped_matmul_facts(config, shards)
-    if config.init_from and not (workdir / "checkpoints").is_dir():
-        checkpoint.locate(config.init_from)
-    session.open_workdir(workdir, config)
-    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve().parent / ".jax_cache"))
-    facts = session.write_env(workdir, config, corpus, shards)
-    say(plan(config))
-    say(f"data {corpus.hash}: " + ", ".join(f"{d} {e:.2f} epochs" for d, e in facts["data"]["epochs"].items()))
-    say(f"experts on {facts['device']} by grouped_ffn back end {facts['grouped_matmul']['implementation']!r}")
+    read_rows(workdir / "results.jsonl")  # a broken line is an error now, not after the training
+    origin = session.begin_from(workdir, config)
+    if origin is not None and not checkpoint.steps_in(workdir / "checkpoints"):
+        check_origin(origin, config, corpus)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(session.open_workdir(workdir, config, corpus))
+        session.keep_programs(corpus)
+        run = Run(config, corpus, mesh, workdir, origin)
+        stack.callback(run.close)
+        run.prepare()
+        facts = session.write_env(workdir, config, corpus, shards, origin)
+        say(plan(config))
+        say(f"data {corpus.hash}: " + ", ".join(f"{d} {e:.2f} epochs" for d, e in facts["data"]["epochs"].items()))
+        say(f"experts on {facts['device']} by grouped_ffn back end {facts['grouped_matmul']['implementation']!r}")
         runs: dict[int, Run] = {}
         for seed in seeds:
             folder = workdir if seed == seeds[0] else workdir / "seeds" / str(seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            run = Run(session.with_seed(config, seed), corpus, mesh, folder)
-            stack.callback(run.close)
+            if seed != seeds[0]:
+                folder.mkdir(parents=True, exist_ok=True)
+                run = Run(session.with_seed(config, seed), corpus, mesh, folder, origin)
+                stack.callback(run.close)
             runs[seed] = run
             if len(seeds) > 1:
                 say(f"seed {seed} in {folder}")
@@ -217,19 +216,31 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_string(
         "workdir", None, "Folder of this run: config, metrics, checkpoints, results, report.", flag_values=values
     )
-    flags.DEFINE_bool("dry_run", False, "Check the config, print the plan, and stop.", flag_values=values)
+    dry_run.define_flags(values)
     flags.DEFINE_float(
         "max_seconds", 0.0, "Stop training after this time with a checkpoint; 0: no limit.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "row", None, "Id of a results row to measure again, instead of --config; 'list' shows them.", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "results", [], "Where --row looks: results files or workdirs. None: the committed rows.", flag_values=values
     )
 
 
 def command(values: flags.FlagValues) -> int:
+    if values.row is not None:
+        from experiments import rerun  # it runs the commands, this one too
+
+        return rerun.command(values)
+    if values.results:
+        raise ConfigError("--results goes with --row=ID: it names the file that the row is in")
     if values.config is None:
         raise ConfigError("--config is missing: e.g. --config=configs/quickstart.py")
-    config = session.read_config(values.config)
+    dry_run.check_flags(values)
     if values.dry_run:
-        print(plan(config))
-        return 0
+        return dry_run.command(values)
+    config = session.read_config(values.config)
     if not values.workdir:
         raise ConfigError("--workdir is missing: give the folder that this run may write, e.g. --workdir=runs/first")
     return run_command(config, Path(values.workdir), max_seconds=values.max_seconds)

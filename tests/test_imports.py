@@ -18,10 +18,27 @@ CHAIN = (
     ("moe",),
     ("blocks",),
     ("model",),
-    ("decode", "offload", "checkpoint", "importers", "train", "trace", "count", "loop", "validate"),
+    (
+        "decode",
+        "offload",
+        "checkpoint",
+        "importers",
+        "train",
+        "trace",
+        "replay",
+        "count",
+        "loop",
+        "meter",
+        "plan",
+        "validate",
+        "watch",
+    ),
 )
 # Units that know no model: they work on files, text, numbers and rows. The last line of CHAIN imports them.
-MODEL_FREE = ("data", "ngram", "tasks", "metrics", "progress", "results", "verdicts", "report", "evaluate")
+MODEL_FREE = (
+    "data", "ngram", "tasks", "interrupt", "metrics", "progress", "recompile", "results", "verdicts", "report",
+    "evaluate",
+)  # fmt: skip
 # A calculator that runs without devices.
 CALCULATOR = ("tune",)
 

@@ -1,0 +1,88 @@
+"""The dry run: what a config needs on a mesh, by arithmetic. No device is asked and nothing is allocated.
+
+``make`` gives a :class:`Plan`: problems by field name, bytes on one device for training and evaluation, FLOPs, and what
+the devices send each other. ``docs/plan.md`` says how far to trust it; ``compiled`` asks XLA instead.
+"""
+
+import dataclasses
+import math
+
+from moejax import count
+from moejax.config import ExperimentConfig, MeshConfig
+from moejax.plan import communication, memory
+from moejax.plan.communication import Collective
+from moejax.plan.memory import Memory
+from moejax.plan.problems import Problem, problems
+from moejax.plan.sizes import Platform, parse_mesh, resolve_mesh
+
+__all__ = [
+    "Collective", "Memory", "Plan", "Platform", "Problem", "make", "parse_mesh", "platform_of", "problems",
+    "resolve_mesh", "with_vocabulary",
+]  # fmt: skip
+
+BYTE_VOCABULARY = 257
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before it has devices. Bytes are those of one device."""
+
+    config: ExperimentConfig
+    mesh: MeshConfig
+    platform: Platform
+    parameters: count.Parameters
+    train: Memory
+    evaluation: Memory
+    collectives: tuple[Collective, ...]
+    flops_per_token: float
+    """Forward; training is three times this."""
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.data * self.mesh.expert * self.mesh.model
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.batch_size * self.config.data.seq_len
+
+
+def platform_of(config: ExperimentConfig) -> Platform:
+    """Where the config says that it runs: ``scale`` "h100" and "paper" on GPUs, the others on a CPU."""
+    return "gpu" if config.scale in ("h100", "paper") else "cpu"
+
+
+def with_vocabulary(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:
+    """``model.vocab_size=0`` filled in as a run would (``moejax.loop.resolve_vocab``), and a note on where it is from.
+
+    A tokenizer that is a file is not opened: its vocabulary stays 0, and the note says what is left out.
+    """
+    if config.model.vocab_size:
+        return config, ""
+    name, _, size = config.data.tokenizer.partition(":")
+    known = BYTE_VOCABULARY if name == "byte" else int(size) if name == "bpe-train" and size.isdigit() else 0
+    if not known:
+        return config, (
+            "vocabulary: taken from the tokenizer when data is read; embeddings and logits are not counted here: "
+            "set --config.model.vocab_size to count them"
+        )
+    padded = 64 * math.ceil(known / 64)
+    filled = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=padded))
+    return filled, f"vocabulary: taken from the tokenizer when data is read; counted as {padded:,}"
+
+
+def make(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> Plan:
+    """The plan of a config that passed ``validate.check``, on ``mesh`` (an axis of -1 stands for 1).
+
+    Sizes that do not divide (:func:`problems`) are rounded up, so that a plan can be shown beside them.
+    """
+    mesh = resolve_mesh(mesh)
+    return Plan(
+        config=config,
+        mesh=mesh,
+        platform=platform,
+        parameters=count.parameters(config.model),
+        train=memory.train(config, mesh, platform),
+        evaluation=memory.evaluate(config, mesh, platform),
+        collectives=tuple(communication.collectives(config, mesh, platform)),
+        flops_per_token=count.forward_flops_per_token(config.model, config.data.seq_len),
+    )

@@ -1,0 +1,341 @@
+"""What the forward pass keeps for the backward pass, and what the largest moment of each needs beside it.
+
+Kept arrays follow the code, line by line: ``moejax.blocks``, ``moejax.moe``, ``moejax.routing``, ``moejax.dispatch``,
+``kernels_pallas.grouped_matmul``; ``tests/test_plan.py`` holds their sum to the residuals that JAX itself reports for
+the traced model. What is linear in what comes before (rotary positions, residual additions, biases) keeps nothing.
+
+Working arrays are those that are alive together at one moment. How XLA fuses and packs them is its own affair, so they
+are counted as the code has them; ``docs/plan.md`` says how far off that is.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from kernels_pallas.grouped_matmul import padded
+from moejax.config import ModelConfig
+from moejax.model import layer_groups
+from moejax.plan.sizes import F32, INT, Sizes
+from moejax.routing import FAMILIES
+
+PARTS = (
+    "embedding", "norms", "attention", "attention scores", "router", "dispatch plan", "rows [P,D]", "hidden [P,F]",
+    "expert weights", "dense FFN", "shared experts", "logits and loss",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Bytes on one device of one array, or of several of a kind."""
+
+    part: str
+    what: str
+    bytes: int
+
+
+FFN_HIDDEN = {"swiglu": 6, "geglu": 7, "gelu": 5, "relu": 2}
+"""[T, F] arrays that autodiff keeps of a dense FFN, in the compute type: outputs of the two (one) matmuls, the hidden
+layer, and what the derivative of the activation needs, as ``jax.nn`` writes it."""
+KEEPS_HIDDEN = ("cpu_tiled", "mosaic_gpu")
+"""Back ends that save the pre-activations. ``padded`` saves its inputs only; the others differentiate a composition."""
+
+
+def attention(s: Sizes) -> Iterator[Array]:
+    """Of one attention and its norm."""
+    a, c, t, x = s.model.attention, s.itemsize, s.tokens, s.tokens * s.model.dim
+    yield from _norm(s)
+    yield Array("attention", "input of the projections", x * c)
+    q, kv = t * s.heads * a.head_dim, t * s.kv_heads * a.head_dim
+    if a.qk_norm:
+        yield Array("norms", "queries and keys, normalised and not", 2 * (q + kv) * F32)
+        yield Array("norms", "1/rms of queries and keys", 2 * t * (s.heads + s.kv_heads) * F32)
+    yield Array("attention", "queries, keys, values, output", (2 * q + 2 * kv) * c)
+    if s.cast:
+        weights = s.model.dim * a.head_dim * 2 * (s.heads + s.kv_heads)
+        yield Array("attention", "weights in the compute type", weights * c)
+    if s.core == "cudnn":
+        yield Array("attention scores", "logsumexp", t * s.heads * F32)
+        return
+    yield Array("attention scores", "softmax [B,H,S,S]", s.scores * (F32 + c))
+    yield Array("attention scores", "its sums", 2 * t * s.heads * F32)
+
+
+def _norm(s: Sizes) -> Iterator[Array]:
+    yield Array("norms", "input and x/rms in float32", 2 * s.tokens * s.model.dim * F32)
+    yield Array("norms", "1/rms", 2 * s.tokens * F32)
+
+
+def dense_ffn(s: Sizes, hidden: int, part: str) -> Iterator[Array]:
+    yield Array(part, "input", s.tokens * s.model.dim * s.itemsize)
+    yield Array(part, "hidden", FFN_HIDDEN[s.model.activation] * s.tokens * hidden * s.itemsize)
+    if s.cast:
+        yield Array(part, "weights in the compute type", s.matrices * s.model.dim * hidden * s.itemsize)
+
+
+ROUTER_TABLES = {"noisy_topk": 6}
+"""[T, E] float32 arrays that a router family keeps, with the metrics that losses are made of. The others: 3."""
+
+
+def router(s: Sizes) -> Iterator[Array]:
+    moe, t = s.model.moe, s.tokens
+    yield Array("router", "input in float32", t * s.model.dim * F32)
+    tables = ROUTER_TABLES.get(moe.router.name, 3)
+    yield Array("router", "logits and probabilities [T,E]", tables * t * moe.num_experts * F32)
+    yield Array("router", "choices, weights and sums", (4 * s.pairs + 7 * t) * F32)
+
+
+def moe(s: Sizes) -> Iterator[Array]:
+    """Of the routed experts, with their router and dispatch, and of the shared ones."""
+    m, c, d = s.model.moe, s.itemsize, s.model.dim
+    yield from router(s)
+    yield Array("dispatch plan", "rows of pairs, pairs of rows", (s.pairs + 2 * s.rows) * INT)
+    yield Array("rows [P,D]", "inputs and outputs of experts", 2 * s.rows * d * c)
+    weights = s.matrices * m.num_experts * d * s.expert_dim
+    hidden = (s.matrices - 1) * s.rows * s.expert_dim
+    if s.back_end in KEEPS_HIDDEN:
+        yield Array("hidden [P,F]", "pre-activations", hidden * c)
+    elif s.back_end != "padded":
+        internals = FFN_HIDDEN[s.model.activation] - s.matrices
+        yield Array("hidden [P,F]", "pre-activations and activation", (hidden + s.rows * s.expert_dim) * c)
+        yield Array("hidden [P,F]", "inside the activation", internals * s.rows * s.expert_dim * F32)
+    if s.cast:
+        yield Array("expert weights", "in the compute type, all experts", weights * c)
+    elif s.token_shards > 1:
+        # per_shard takes weights whole and casts them to varying: each device keeps that copy for the backward pass.
+        yield Array("expert weights", "gathered, all experts", weights * c)
+    if m.shared_experts:
+        yield from dense_ffn(s, s.shared_dim, "shared experts")
+        if m.shared_gate == "sigmoid":
+            yield Array("shared experts", "output and gate", s.tokens * (d * c + 3 * F32))
+            if s.cast:
+                yield Array("shared experts", "gate's input in float32", s.tokens * d * F32)
+
+
+def ffn_half(s: Sizes, is_moe: bool) -> list[Array]:
+    """Of a block's second norm and its experts or dense FFN."""
+    return [*_norm(s), *(moe(s) if is_moe else dense_ffn(s, s.ffn_dim, "dense FFN"))]
+
+
+def block(s: Sizes, is_moe: bool) -> list[Array]:
+    """Everything that one block's backward pass reads."""
+    return [*attention(s), *ffn_half(s, is_moe)]
+
+
+def matmul_outputs(s: Sizes, is_moe: bool) -> list[Array]:
+    """What ``remat="dots"`` keeps of one block: outputs of matmuls without a batch axis."""
+    a, m, c, t = s.model.attention, s.model.moe, s.itemsize, s.tokens
+    kept = [
+        Array("attention", "queries, keys, values", t * a.head_dim * (s.heads + 2 * s.kv_heads) * c),
+        Array("attention", "output projection", t * s.model.dim * c),
+    ]
+    if not is_moe:
+        # The down projection ends the block: nothing after it needs its output.
+        return [*kept, Array("dense FFN", "gate and up", (s.matrices - 1) * t * s.ffn_dim * c)]
+    router = 2 if m.router.name == "noisy_topk" else 1
+    kept.append(Array("router", "logits [T,E]", router * t * m.num_experts * F32))
+    if m.shared_experts:
+        kept.append(Array("shared experts", "gate and up", (s.matrices - 1) * t * s.shared_dim * c))
+        if m.shared_gate == "sigmoid":
+            kept.append(Array("shared experts", "output and gate", t * (s.model.dim * c + F32)))
+    return kept
+
+
+def once(s: Sizes, remat: bool) -> list[Array]:
+    """What all layers share."""
+    a, t = s.model.attention, s.tokens
+    kept = [Array("logits and loss", "targets, masks, byte lengths", 6 * t * F32)]
+    if remat:
+        return kept  # made again in each layer's backward pass
+    kept.append(Array("attention", "rotary angles", 4 * t * (a.head_dim // 2) * F32))
+    if s.core == "cudnn":
+        kept.append(Array("attention scores", "mask as a bias [B,1,S,S]", t * s.seq * s.itemsize))
+    else:
+        kept.append(Array("attention scores", "mask [B,H,S,S]", s.scores * (F32 + 1)))
+    return kept
+
+
+def head(s: Sizes) -> list[Array]:
+    """What final norm, logits and loss keep; gone before the layers' backward pass begins."""
+    model, t = s.model, s.tokens
+    kept = [*_norm(s), Array("logits and loss", "input", t * model.dim * s.itemsize)]
+    kept.append(Array("logits and loss", "exp of the logits [T,V]", t * model.vocab_size * F32))
+    if model.logit_softcap:
+        kept.append(Array("logits and loss", "soft cap [T,V]", t * model.vocab_size * F32))
+    if s.cast:
+        kept.append(
+            Array("logits and loss", "embeddings in the compute type", model.vocab_size * model.dim * s.itemsize)
+        )
+    return kept
+
+
+def kept_by_layers(s: Sizes) -> list[Array]:
+    """What all layers together keep, under the config's ``remat``."""
+    total: list[Array] = []
+    for pattern, repeats in layer_groups(s.model):
+        one: list[Array] = []
+        if s.model.remat != "none":
+            one.append(Array("norms", "input of each layer", s.tokens * s.model.dim * s.itemsize))
+        for is_moe in pattern:
+            if s.model.remat == "none":
+                one += block(s, is_moe)
+            elif s.model.remat == "dots":
+                one += matmul_outputs(s, is_moe)
+        if s.model.remat == "dots" and len(pattern) > 1:
+            # Between blocks of one pattern nothing is cut, but a dense block's last matmul is no longer the last.
+            inner = [is_moe for is_moe in pattern[:-1] if not is_moe]
+            one += [Array("dense FFN", "output", s.tokens * s.model.dim * s.itemsize) for _ in inner]
+        total += [dataclasses.replace(a, bytes=a.bytes * repeats) for a in one]
+    return total
+
+
+# --- moments ----------------------------------------------------------------------------------------------------------
+
+
+def recomputed(s: Sizes, *, at_attention: bool) -> list[Array]:
+    """Under ``remat``: what the largest pattern of blocks keeps, made again before its backward pass.
+
+    ``at_attention``: what is left of it when the gradient has passed the FFN.
+    """
+    if s.model.remat == "none":
+        return []
+
+    def made(pattern: tuple[bool, ...]) -> list[Array]:
+        arrays = [a for is_moe in pattern for a in block(s, is_moe)]
+        if s.model.remat == "dots":
+            arrays += [dataclasses.replace(a, bytes=-a.bytes) for flag in pattern for a in matmul_outputs(s, flag)]
+        return arrays
+
+    patterns = [pattern for pattern, _ in layer_groups(s.model)]
+    largest = max(patterns, key=lambda pattern: sum(a.bytes for a in made(pattern)))
+    arrays = made(largest)
+    if at_attention:
+        return arrays + [dataclasses.replace(a, bytes=-a.bytes) for a in ffn_half(s, largest[0])]
+    if s.core == "xla":  # from which the softmax is made again, in its backward pass once more
+        arrays.append(Array("attention scores", "masked scores [B,H,S,S]", s.scores * F32))
+    return arrays
+
+
+def backward_of_ffn(s: Sizes, is_moe: bool) -> list[Array]:
+    """Beside what is kept, when the gradient is at a block's FFN."""
+    m, c, d, t = s.model.moe, s.itemsize, s.model.dim, s.tokens
+    stream = Array("norms", "gradients of the residual stream and the norm", 4 * t * d * F32)
+    if not is_moe:
+        width = s.matrices * t * s.ffn_dim * c
+        return [stream, Array("dense FFN", "gradients of hidden", width)]
+    found = [stream, Array("rows [P,D]", "gradients of inputs and outputs", 2 * s.rows * d * c)]
+    if s.model.remat == "none" and s.model.layer_loop == "scan":
+        # The loop over experts wants whole arrays: the layer's slices of what is stacked over layers are copied out.
+        found.append(Array("rows [P,D]", "this layer's inputs", s.rows * d * c))
+        if s.back_end in KEEPS_HIDDEN:
+            found.append(
+                Array("hidden [P,F]", "this layer's pre-activations", (s.matrices - 1) * s.rows * s.expert_dim * c)
+            )
+    if m.router.name == "expert_choice":
+        # Plain autodiff of its combine, a sum by token: the gradient of each pair, times its weight, times its output.
+        found.append(Array("rows [P,D]", "gradients of pairs", 3 * s.rows * d * F32))
+    if s.back_end == "padded":
+        found += _padded(s, d_outputs=2, hiddens=2 * s.matrices)
+    elif s.back_end != "cpu_tiled":  # which holds tiles of them only
+        found.append(Array("hidden [P,F]", "gradients of hidden", s.matrices * s.rows * s.expert_dim * c))
+    weights = s.matrices * m.num_experts * d * s.expert_dim * F32
+    return [*found, Array("expert weights", "this layer's gradients, all experts", weights)]
+
+
+def _padded(s: Sizes, d_outputs: int, hiddens: int) -> list[Array]:
+    """Of the back end ``padded``: blocks of C rows for every expert, inputs and outputs, and hidden ones in float32."""
+    blocks = s.model.moe.num_experts * padded.capacity(s.rows, s.model.moe.num_experts)
+    return [
+        Array("rows [P,D]", "blocks of rows", (1 + d_outputs) * blocks * s.model.dim * s.itemsize),
+        Array("hidden [P,F]", "blocks of hidden", hiddens * blocks * s.expert_dim * F32),
+    ]
+
+
+def backward_of_attention(s: Sizes) -> list[Array]:
+    """Beside what is kept, when the gradient is at a block's attention."""
+    a, d, t = s.model.attention, s.model.dim, s.tokens
+    heads = 2 * t * a.head_dim * (s.heads + s.kv_heads)
+    found = [
+        Array("norms", "gradients of the residual stream and the norm", 4 * t * d * F32),
+        Array("attention", "queries, keys, values, output and their gradients", 2 * heads * s.itemsize),
+    ]
+    if s.core == "xla":
+        found.append(Array("attention scores", "gradients of softmax and scores [B,H,S,S]", 2 * s.scores * F32))
+        if s.model.remat == "none":
+            found.append(Array("attention scores", "this layer's softmax", s.scores * F32))
+    return found
+
+
+def backward_of_head(s: Sizes) -> list[Array]:
+    """Beside what is kept, when the gradient is at the logits."""
+    return [
+        Array("logits and loss", "gradient of the logits [T,V]", s.tokens * s.model.vocab_size * F32),
+        Array("norms", "gradient of the final norm", 2 * s.tokens * s.model.dim * F32),
+    ]
+
+
+def backward_of_block(s: Sizes, is_moe: bool) -> list[Array]:
+    """The larger of its two moments."""
+    return max(backward_of_ffn(s, is_moe), backward_of_attention(s), key=lambda arrays: sum(a.bytes for a in arrays))
+
+
+def forward_of_block(s: Sizes, is_moe: bool) -> list[list[Array]]:
+    """The moments of a block without a backward pass: attention, then its FFN."""
+    a, m, c, d, t = s.model.attention, s.model.moe, s.itemsize, s.model.dim, s.tokens
+    q, kv = t * a.head_dim * s.heads * c, t * a.head_dim * s.kv_heads * c
+    stream = Array("norms", "residual stream and normalised input", 2 * t * d * c)
+    attention = [stream, Array("attention", "queries, keys, values, output", 2 * q + 2 * kv)]
+    if s.core == "xla":
+        attention.append(Array("attention", "keys and values, laid out for the products", 2 * kv))
+        attention.append(Array("attention scores", "scores, softmax, mask", s.scores * (F32 + c) + t * s.seq))
+    if not is_moe:
+        return [attention, [stream, Array("dense FFN", "hidden", s.matrices * t * s.ffn_dim * c)]]
+    weights = s.matrices * m.num_experts * d * s.expert_dim
+    layer = [Array("expert weights", "this layer's, all experts", weights * c)] if _copied(s) else []
+    hidden = Array("hidden [P,F]", "pre-activations", (s.matrices - 1) * s.rows * s.expert_dim * c)
+    ys = Array("rows [P,D]", "outputs of experts", s.rows * d * c)
+    xs = Array("rows [P,D]", "inputs of experts", s.rows * d * c)
+    ffn = [stream, *layer, xs, ys, hidden, *_plan(s)]
+    if s.back_end == "padded":
+        ffn = [stream, *layer, xs, ys, *_plan(s), *_padded(s, d_outputs=0, hiddens=s.matrices - 1)]
+    if s.back_end == "cpu_tiled":
+        # It writes into arrays of zeros, pre-activations too, and XLA makes constants before anything else.
+        attention += [*(layer if s.token_shards == 1 else []), ys, hidden]
+    return [attention, ffn]
+
+
+def _copied(s: Sizes) -> bool:
+    """Whether a layer's weights are an array of their own: cast, gathered, or cut out of the stack."""
+    return s.cast or s.token_shards > 1 or any(repeats > 1 for _, repeats in layer_groups(s.model))
+
+
+def _plan(s: Sizes) -> list[Array]:
+    tables = 3 * s.tokens * s.model.moe.num_experts * F32
+    return [Array("router", "logits and probabilities [T,E]", tables),
+            Array("dispatch plan", "rows of pairs, pairs of rows", 3 * s.rows * INT)]  # fmt: skip
+
+
+def parameters(model: ModelConfig, s: Sizes) -> dict[str, int]:
+    """Trainable numbers on one device by part; on one device their sum is that of ``moejax.count.parameters``."""
+    a, m, d = model.attention, model.moe, model.dim
+    flags = [flag for pattern, repeats in layer_groups(model) for flag in pattern * repeats]
+    moes, layers = sum(flags), len(flags)
+    projections = 2 * d * a.head_dim * (s.heads + s.kv_heads)
+    bias = a.head_dim * (s.heads + 2 * s.kv_heads) if a.bias else 0
+    matrices = FAMILIES[m.router.name].arrays(d, m.num_experts) if moes else {}
+    sizes = {name: _size(spec.shape) for name, spec in matrices.items() if spec.kind == "param"}
+    gate = d if m.shared_experts and m.shared_gate == "sigmoid" else 0
+    return {
+        "embedding": model.vocab_size * d * (1 if model.tie_embeddings else 2),
+        "norms": (2 * layers + 1) * d + (2 * a.head_dim * layers if a.qk_norm else 0),
+        "attention": layers * (projections + bias),
+        "router": moes * sum(sizes.values()),
+        "expert weights": moes * s.matrices * -(-m.num_experts // s.expert_shards) * d * s.expert_dim,
+        "dense FFN": (layers - moes) * s.matrices * d * s.ffn_dim,
+        "shared experts": moes * (s.matrices * d * s.shared_dim + gate),
+    }
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,94 @@
+"""What a training step sends between devices: each collective with its cause and its bytes.
+
+It follows ``moejax.dispatch.per_shard`` (weights go in whole, so those that are stored split over the expert axis are
+gathered for each layer, and the transpose sums their gradients over all token shards) and what XLA's partitioner makes
+of the rest. ``tests/test_plan.py`` compares with the collectives of compiled programs.
+
+Bytes are those of the whole array that a collective makes, on one device; a reduction's array is as large as what goes
+in. What a device really sends by a ring is ``wire``: of n devices, (n - 1)/n of the array to gather it, twice that to
+reduce it.
+"""
+
+import dataclasses
+from typing import Literal
+
+from moejax.config import ExperimentConfig, MeshConfig
+from moejax.model import layer_groups
+from moejax.plan.activations import parameters
+from moejax.plan.sizes import F32, Platform, Sizes, make
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All calls of one kind in one optimizer step."""
+
+    kind: Literal["all-reduce", "all-gather"]
+    cause: str
+    over: str
+    """Mesh axes."""
+    devices: int
+    bytes: int
+    """Of the arrays, summed over the calls of one step, on one device."""
+
+    @property
+    def wire(self) -> int:
+        """Bytes that each device sends, by a ring."""
+        share = (self.devices - 1) / self.devices
+        return round(self.bytes * share * (2 if self.kind == "all-reduce" else 1))
+
+
+def collectives(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> list[Collective]:
+    """Those of one training step, the large ones first. ``mesh`` has no axis of -1."""
+    s = make(config, mesh, platform, train=True)
+    found = _token_axes(config, s) + _model_axis(config, s)
+    return sorted((c for c in found if c.devices > 1 and c.bytes), key=lambda c: -c.bytes)
+
+
+def _moe_layers(s: Sizes) -> int:
+    return sum(sum(pattern) * repeats for pattern, repeats in layer_groups(s.model))
+
+
+def _exact_balance(config: ExperimentConfig) -> bool:
+    train = config.train
+    return train.accumulate > 1 and train.balance_scope == "batch" and any(c for _, c in config.model.moe.losses)
+
+
+def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
+    model, micros, n, layers = s.model, config.train.accumulate, s.token_shards, _moe_layers(s)
+    over = "data x expert" if s.expert_shards > 1 else "data"
+    whole = dataclasses.replace(s, expert_shards=1)
+    weights = parameters(model, whole)
+    experts = weights.pop("expert weights") * F32
+    rest = sum(weights.values()) * F32
+    if model.tie_embeddings:
+        # Used twice, as a table and as a matrix: its two gradients are summed apart.
+        rest += weights["embedding"] * F32
+    # Forward, once more where the backward pass makes the layer again, once more for exact balance losses.
+    passes = 1 + (model.remat != "none") + (1 if _exact_balance(config) else 0) / 1
+    sums = layers * (5 * model.moe.num_experts + 2) * F32
+    return [
+        Collective("all-gather", "experts' weights, whole for each layer", "expert", s.expert_shards,
+                   round(experts * passes) * micros),
+        Collective("all-reduce", "gradients of the experts, whole for each layer", over, n, experts * micros),
+        Collective("all-reduce", "gradients of everything else", over, n, rest * micros),
+        Collective("all-reduce", "metrics of MoE layers", over, n,
+                   round(sums * (2 if _exact_balance(config) else 1)) * micros),
+    ]  # fmt: skip
+
+
+def _model_axis(config: ExperimentConfig, s: Sizes) -> list[Collective]:
+    """Activations: each half of a block sums its output over the axis, and the gradient of its input."""
+    model, micros, n = s.model, config.train.accumulate, s.model_shards
+    stream, layers, moes = s.tokens * s.model.dim, model.num_layers, _moe_layers(s)
+    # remat="block" makes the forward pass again; "dots" keeps the outputs of attention and dense matmuls.
+    again = 1 if model.remat == "block" else 0
+    attention = layers * (1 + again + 3) * stream * s.itemsize
+    dense = (layers - moes) * (1 + again + s.matrices - 1) * stream * s.itemsize
+    shared = moes * (1 + again + s.matrices - 1) * stream * s.itemsize if model.moe.shared_experts else 0
+    rows = moes * (1 + (model.remat != "none") + s.matrices - 1) * s.rows * model.dim * F32
+    return [
+        Collective("all-reduce", "attention: outputs, gradients of inputs", "model", n, attention * micros),
+        Collective("all-reduce", "dense and shared FFNs: outputs, gradients of inputs", "model", n,
+                   (dense + shared) * micros),
+        Collective("all-reduce", "rows of experts: outputs, gradients of inputs", "model", n, rows * micros),
+    ]  # fmt: skip

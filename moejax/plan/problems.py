@@ -1,0 +1,71 @@
+"""What does not divide: every field at once, where a run would stop at the first."""
+
+import dataclasses
+
+from moejax.config import ExperimentConfig, MeshConfig
+from moejax.model import layer_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A field that does not fit the mesh or another field."""
+
+    field: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def problems(config: ExperimentConfig, mesh: MeshConfig) -> list[Problem]:
+    """All of them, in the order of the config. ``mesh`` has no axis of -1."""
+    model, moe, attention, train = config.model, config.model.moe, config.model.attention, config.train
+    flags = {flag for pattern, _ in layer_groups(model) for flag in pattern}
+    found: list[Problem] = []
+
+    def split(field: str, size: int, axis: str) -> None:
+        devices = getattr(mesh, axis)
+        if size % devices:
+            choices = [d for d in range(1, size + 1) if size % d == 0]
+            found.append(
+                Problem(
+                    field,
+                    f"{field}={size} not divisible by mesh axis {axis!r}={devices}: choose an axis of "
+                    f"{_some(choices)}, or a multiple of {devices}",
+                )
+            )
+
+    split("model.attention.num_heads", attention.num_heads, "model")
+    split("model.attention.num_kv_heads", attention.num_kv_heads, "model")
+    if False in flags:
+        split("model.ffn_dim", model.ffn_dim, "model")
+    if True in flags:
+        split("model.moe.num_experts", moe.num_experts, "expert")
+        split("model.moe.expert_dim", moe.expert_dim, "model")
+        if moe.shared_experts and moe.expert_dim % mesh.model:
+            split("model.moe.shared_experts x expert_dim", moe.shared_experts * moe.expert_dim, "model")
+    shards = mesh.data * mesh.expert
+    if train.batch_size % (shards * train.accumulate):
+        unit = shards * train.accumulate
+        found.append(
+            Problem(
+                "train.batch_size",
+                f"train.batch_size={train.batch_size} not divisible by train.accumulate={train.accumulate} x "
+                f"{shards} devices (mesh data x expert): choose a multiple of {unit}",
+            )
+        )
+    for field, size in (("eval.batch_size", config.eval.batch_size), ("table.batch_size", config.table.batch_size)):
+        if size % shards:
+            found.append(
+                Problem(
+                    field,
+                    f"{field}={size} not divisible by {shards} devices (mesh data x expert): choose a multiple of "
+                    f"{shards}",
+                )
+            )
+    return found
+
+
+def _some(choices: list[int]) -> str:
+    shown = [str(c) for c in choices]
+    return ", ".join(shown if len(shown) < 10 else [*shown[:8], "...", shown[-1]])

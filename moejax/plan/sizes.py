@@ -1,0 +1,157 @@
+"""What one device holds of a config: the extents of every axis on a given mesh, without any device.
+
+Letters: B sequences of one micro-batch on this device, S length, T = B S tokens, P rows of experts, D model, F expert
+hidden, E experts, K choices, H heads, G key/value heads, N head dim, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend as mosaic_gpu
+from moejax.config import ConfigError, ExperimentConfig, MeshConfig, ModelConfig
+from moejax.experts import GATED
+
+Platform = Literal["cpu", "gpu", "tpu"]
+F32 = INT = 4
+"""Bytes of a float32 and of an int32."""
+
+
+def parse_mesh(text: str, mesh: MeshConfig) -> MeshConfig:
+    """``mesh`` with the axes that ``text`` names, as in ``data=8,expert=4``.
+
+    Raises:
+      ConfigError: an unknown axis, or a size that is no whole number of 1 or more.
+    """
+    sizes = {}
+    for word in text.split(","):
+        name, _, value = word.strip().partition("=")
+        if name not in ("data", "expert", "model") or not value.isdigit() or int(value) < 1 or name in sizes:
+            raise ConfigError(
+                f"--mesh={text}: {word.strip()!r} is not AXIS=DEVICES with an axis of data, expert, model, each once, "
+                "and 1 or more devices: write for example --mesh=data=8,expert=4"
+            )
+        sizes[name] = int(value)
+    return dataclasses.replace(mesh, **sizes)
+
+
+def resolve_mesh(mesh: MeshConfig) -> MeshConfig:
+    """``mesh`` with ``data=-1`` (all devices that the other axes leave) taken as 1: devices are not looked at."""
+    return dataclasses.replace(mesh, data=1) if mesh.data == -1 else mesh
+
+
+def back_end(model: ModelConfig, rows: int, platform: Platform) -> str:
+    """The back end of the grouped FFN that would run: the one named, or the first of the platform's order that takes
+    this type and these sizes (``kernels_pallas.grouped_matmul.api``). The device itself is not asked."""
+    if model.moe.dispatcher == "dense":
+        return "ref"
+    if model.moe.implementation != "auto":
+        return model.moe.implementation
+    if platform == "gpu":
+        axes = {"D": model.dim, "F": model.moe.expert_dim}
+        refused = mosaic_gpu.refuse_shapes(jnp.dtype(model.compute_dtype), rows, axes)
+        return "padded" if refused else "mosaic_gpu"
+    return {"cpu": "cpu_tiled", "tpu": "mosaic_tpu"}[platform]
+
+
+def attention_core(model: ModelConfig, seq_len: int, platform: Platform) -> str:
+    """``xla`` or ``cudnn``: the rule of ``moejax.blocks.Attention``."""
+    if model.attention.implementation != "auto":
+        return model.attention.implementation
+    fits = model.compute_dtype == "bfloat16" and model.attention.head_dim in (64, 128) and seq_len % 64 == 0
+    return "cudnn" if fits and platform == "gpu" else "xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Extents on one device, for one micro-batch. Axes that the mesh splits are divided already."""
+
+    model: ModelConfig
+    batch: int
+    seq: int
+    token_shards: int
+    expert_shards: int
+    model_shards: int
+    back_end: str
+    core: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of the compute type."""
+        return jnp.dtype(self.model.compute_dtype).itemsize
+
+    @property
+    def cast(self) -> bool:
+        """Whether float32 parameters are cast for the computation, which makes copies of them."""
+        return self.itemsize < F32
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq
+
+    @property
+    def heads(self) -> int:
+        return _share(self.model.attention.num_heads, self.model_shards)
+
+    @property
+    def kv_heads(self) -> int:
+        return _share(self.model.attention.num_kv_heads, self.model_shards)
+
+    @property
+    def expert_dim(self) -> int:
+        return _share(self.model.moe.expert_dim, self.model_shards)
+
+    @property
+    def ffn_dim(self) -> int:
+        return _share(self.model.ffn_dim, self.model_shards)
+
+    @property
+    def shared_dim(self) -> int:
+        moe = self.model.moe
+        return _share(moe.shared_experts * moe.expert_dim, self.model_shards)
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of one FFN: gate, up, down or up, down."""
+        return 3 if self.model.activation in GATED else 2
+
+    @property
+    def pairs(self) -> int:
+        """R K, entries of the Routing table."""
+        moe = self.model.moe
+        if moe.router.name == "expert_choice":
+            return moe.num_experts * min(self.tokens, math.ceil(self.tokens * moe.router.k / moe.num_experts))
+        return self.tokens * moe.router.k
+
+    @property
+    def rows(self) -> int:
+        """P, rows that experts compute."""
+        return self.model.moe.num_experts * self.tokens if self.model.moe.dispatcher == "dense" else self.pairs
+
+    @property
+    def scores(self) -> int:
+        """Elements of one [B, H, S, S]."""
+        return self.tokens * self.seq * self.heads
+
+
+def _share(size: int, shards: int) -> int:
+    return -(-size // shards)
+
+
+def make(config: ExperimentConfig, mesh: MeshConfig, platform: Platform, *, train: bool) -> Sizes:
+    """Sizes of a training micro-batch or of an evaluation batch on one device of ``mesh`` (no axis may be -1)."""
+    shards = mesh.data * mesh.expert
+    batch = config.train.batch_size // config.train.accumulate if train else config.eval.batch_size
+    sizes = Sizes(
+        config.model, _share(batch, shards), config.data.seq_len, shards, mesh.expert, mesh.model,
+        back_end="", core=attention_core(config.model, config.data.seq_len, platform),
+    )  # fmt: skip
+    return dataclasses.replace(sizes, back_end=back_end(config.model, sizes.rows, platform))
+
+
+def tree_bytes(tree: object) -> int:
+    """Bytes of all leaves of a tree of arrays or of their shapes."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
