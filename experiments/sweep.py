@@ -51,7 +51,7 @@ def show_table(
     """Prints the table of what is finished, and writes it as rows and CSV beside the runs.
 
     Raises:
-      ConfigError: ``metrics`` names one that no run has.
+      ConfigError: ``metrics`` names one that no run has; the files are written all the same.
       ResultsError: ``results.jsonl`` of the sweep has a broken line; the table is printed before.
     """
     finished = [point for point in points if ledger.status(point) == "finished"]
@@ -63,15 +63,17 @@ def show_table(
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    chosen = sweep_table.chosen_metrics(found, metrics)
     print(title, flush=True)
-    console.print(sweep_table.rich_table(found, fields, chosen))
-    print("± is half of a 95 % t interval over seeds, from three seeds on; * is best.", flush=True)
-    rows = [row for group in found for row in group.rows]
-    if rows:
-        write_atomically(folder / CSV, sweep_table.csv_text(found, fields))
-        append_rows(folder / RESULTS, rows)
-        print(f"{len(rows)} rows in {folder / RESULTS}; all metrics in {folder / CSV}", flush=True)
+    try:
+        chosen = sweep_table.chosen_metrics(found, metrics)
+        console.print(sweep_table.rich_table(found, fields, chosen))
+        print("± is half of a 95 % t interval over seeds, from three seeds on; * is best.", flush=True)
+    finally:  # a metric with a typo costs the printed table, not the files of a night
+        rows = [row for group in found for row in group.rows]
+        if rows:
+            write_atomically(folder / CSV, sweep_table.csv_text(found, fields))
+            append_rows(folder / RESULTS, rows)
+            print(f"{len(rows)} rows in {folder / RESULTS}; all metrics in {folder / CSV}", flush=True)
 
 
 def run_sweep(

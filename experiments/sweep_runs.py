@@ -20,10 +20,11 @@ from rich.table import Column
 
 from experiments.sweep_points import Point
 from moejax.config import ConfigError, config_hash
+from moejax.report.sweeps import LEDGER
 from moejax.results import write_atomically
 
 PROGRAM = (sys.executable, "-m", "experiments.run")
-LEDGER, LOGS = "sweep.json", "logs"
+LOGS = "logs"
 STOPPED = 130
 """Exit code of a run that was asked to stop and saved a checkpoint."""
 TAIL = 15
@@ -139,7 +140,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._handle)
         return self
 

@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.sweep_points import SEED, Point, short_name, shown
 from experiments.training_rows import PAPER as TRAINING
 from moejax.config import ConfigError, ExperimentConfig, config_hash
 from moejax.report.blocks import significant
+from moejax.report.tables import SWEEP as PAPER
 from moejax.results import ResultRow, scan_rows
 from moejax.verdicts import SeedDifferences
 from moejax.verdicts.contrast import known_sign
 
-PAPER = "sweep"
 MEAN = "bits_per_byte/mean"
 """Mean over domains of a run's held-out bits per byte; made here."""
 SHOWN = (MEAN, "tokens_per_s")
@@ -83,8 +84,11 @@ _Key = tuple[str, str, str, str]
 
 
 def _newest(rows: Sequence[ResultRow]) -> dict[_Key, ResultRow]:
-    """Values of one run, the newest of each, with the mean over domains. A table that was made again with another config
-    (fewer tasks or arms) leaves rows of the old one in the file; they are not of this point."""
+    """Values of one run, the newest of each, with the mean over domains.
+
+    A table that was made again with another config (fewer tasks or arms) leaves rows of the old one in the file; they
+    are not of this point.
+    """
     newest: dict[_Key, ResultRow] = {}
     by_time = sorted(rows, key=lambda row: row.time)
     config = {(row.paper, row.table): row.config_hash for row in by_time}
@@ -114,6 +118,9 @@ def _over_seeds(
         interval = SeedDifferences(values).interval() if len(values) >= FEWEST else None
         commits = sorted({row.commit for row in mine})
         touched = [row.exercised_share for row in mine if row.exercised_share is not None]
+        at = place
+        if place and first.paper != TRAINING:  # a table's rows are lines of their own
+            at = {**place, "arm": f"{place['arm']}: {first.row}"}
         row = ResultRow(
             kind="value", paper=PAPER, table=table,
             row=group.label if first.paper == TRAINING else f"{group.label}: {first.row}",
@@ -131,7 +138,7 @@ def _over_seeds(
                 "seeds_finished": len(group.finished), "seeds": len(group.points),
                 "overrides": {k: v for k, v in group.points[0].overrides.items() if k != SEED},
                 **{k: first.extra[k] for k in ("n", "stderr") if k in first.extra},  # of a task; seeds share its items
-                **place,
+                **at,
                 **({"commits": commits} if len(commits) > 1 else {}),
                 **({"of": f"{first.paper} {first.table}"} if first.paper != TRAINING else {}),
             },
@@ -188,7 +195,7 @@ def rich_table(found: Sequence[Group], fields: Sequence[str], metrics: Sequence[
         unit = "" if units[metric].replace(" ", "_") in metric else f"\n{units[metric]}"
         table.add_column(f"{metric}{unit}", justify="right", overflow="fold")
     for group in found:
-        cells = [shown(group.points[0].value(field)) for field in fields]
+        cells = [escape(shown(group.points[0].value(field))) for field in fields]
         cells.append(f"{len(group.finished)}/{len(group.points)}")
         for metric in metrics:
             text = _value(group.find(metric))

@@ -144,7 +144,7 @@ def test_the_report_shows_warnings_failures_and_loads(tmp_path: Path):
          "where": "in the middle", "layers": [{"layer": 0, "grad_norm": math.nan}]}, load,
     ]  # fmt: skip
     text = report(tmp_path, lines)
-    assert "Stopped at step 5: loss nan, gradient norm inf, parameter norm 1.0. in the middle." in text
+    assert "Stopped at step 5: loss nan, gradient norm inf, parameter norm 1. Where: in the middle." in text
     assert "the newest call began before that" in text and "dead experts: layer 1" not in text
     assert "Load entropy, over layers. Last: least 0.250 at step 2" in text
     heads = [text.index(f"{point}</th>") for point in ("p0", "p50", "p90", "p100")]

@@ -541,7 +541,7 @@ def test_a_run_keeps_its_colour_where_another_has_no_point(complete, tmp_path):
 
 
 def test_a_heat_map_has_a_scale_in_words(page, complete):
-    assert "load / ideal; 1 is an even share under 0.01 (dead) 0.01 to 0.25 0.25 to 0.5 0.5 to 0.8" in page.words
+    assert "load / ideal; 1 is an even share under 0.01 0.01 to 0.25 0.25 to 0.5 0.5 to 0.8" in page.words
     assert "2 to 4 4 and more" in page.words
     text = (complete / "report.html").read_text()
     assert [f"--heat-{i}" in text for i in range(9)] == [True] * 8 + [False]

@@ -229,6 +229,14 @@ def test_what_is_missing_is_said(fields: dict[str, Any], said: str, tmp_path: Pa
     assert f"cannot be measured again here: {said}" in capsys.readouterr().out
 
 
+def test_the_row_s_own_folder_is_left_alone_however_the_flag_was_typed():
+    begin, new = ["python", "-m", "experiments.run"], Path("new")
+    words = [*begin, "--config", "c.py", "--workdir", "runs/x", "--max_seconds", "3", "--config.train.steps", "5"]
+    assert rerun.arguments(words, new) == ["--config", "c.py", "--workdir=new", "--config.train.steps", "5"]
+    words = [*begin, "--config=c.py", "-workdir=runs/x", "--max_seconds=3", "--dry_run"]
+    assert rerun.arguments(words, new) == ["--config=c.py", "--workdir=new"]
+
+
 def test_how_the_command_ends(file: Path, capsys: pytest.CaptureFixture[str]):
     asked = []
 

@@ -2,6 +2,7 @@
 skipped; the table is the mean and t interval over seeds. Most runs here are a fake command that takes milliseconds."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -18,9 +19,9 @@ import pytest
 
 from configs.sweeps import combine, rate_and_k
 from experiments import run, session, sweep, sweep_points
-from experiments.sweep_runs import Ledger, last_step, only_one
+from experiments.sweep_runs import Ledger, Signals, last_step, only_one
 from moejax.report import build_report
-from moejax.results import read_rows
+from moejax.results import append_rows, read_rows
 from moejax.verdicts import SeedDifferences
 from tests.small import write_workspace
 
@@ -269,7 +270,8 @@ def test_runs_make_a_table_with_intervals_and_are_not_run_again(bench: Bench, ca
     assert bench() == 0 and bench("--table_only", "--metric=bits_per_byte/[ab]") == 0
     assert len(bench.calls()) == 7 and [file.read_bytes() for file in files] == before
     assert "bits_per_byte/a" in capsys.readouterr().out
-    assert bench("--table_only", "--metric=accuracy") == 2
+    files[1].unlink()
+    assert bench("--table_only", "--metric=accuracy") == 2 and files[1].read_bytes() == before[1]
     assert "there are bits_per_byte/mean, bits_per_byte/a" in capsys.readouterr().err
 
 
@@ -352,6 +354,52 @@ def test_a_second_ctrl_c_ends_at_once(bench: Bench):
     assert bench.statuses() == {"k=1": "stopped"} and bench.calls() == ["k=1"]
     with only_one(bench.workdir):  # nothing of it is left, or its lock would be
         pass
+
+
+def test_a_terminal_that_closes_counts_once_and_takes_no_output_with_it():
+    ours, terminal = os.openpty()
+    with Signals() as signals:
+        signals._terminals = [terminal]
+        os.close(ours)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.count == 1
+        assert os.write(terminal, b"what a closed terminal would refuse") == 35
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.count == 2
+    os.close(terminal)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.count == 0
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_rows_of_another_config_are_not_those_of_the_point(bench: Bench):
+    bench.points("yield {}")
+    assert bench() == 0
+    (file,) = bench.workdir.glob("base-*/results.jsonl")
+    (stored, *_) = read_rows(file)
+    old = {"config_hash": "old", "time": "2025-01-01T00:00:00+00:00"}
+    append_rows(file, [dataclasses.replace(stored, metric="acc/gone", unit="share", id="", **old)])
+    assert bench("--table_only") == 0
+    assert {row.metric for row in read_rows(bench.workdir / "results.jsonl")} == {
+        "bits_per_byte/mean", "bits_per_byte/a", "bits_per_byte/b", "tokens_per_s",
+    }  # fmt: skip
+
+
+def test_rows_of_a_paper_s_table_are_lines_of_their_own(bench: Bench):
+    bench.points("yield from grid({'model.moe.router.k': (1, 2)})")
+    assert bench() == 0
+    for file in bench.workdir.glob("k=*/results.jsonl"):
+        (stored, *_) = read_rows(file)
+        made = {"paper": "capacity_aware", "table": "1", "metric": "bits_per_byte/mean", "id": ""}
+        append_rows(file, [dataclasses.replace(stored, row=name, **made) for name in ("no limit", "score 1.0")])
+    assert bench("--table_only") == 0
+    rows = [row for row in read_rows(bench.workdir / "results.jsonl") if row.metric == "bits_per_byte/mean"]
+    assert {(row.row, row.extra["arm"], row.extra["x"]) for row in rows} == {
+        (f"k={k}{of}", f"k{of}", k) for k in (1, 2) for of in ("", ": no limit", ": score 1.0")
+    }
 
 
 def test_several_jobs_run_beside_each_other(bench: Bench):

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from moejax.report.blocks import Cell, Notes, Row, Section, Table, fixed, is_number, number, percent, significant
+from moejax.report.blocks import NONE, Cell, Notes, Row, Section, Table, fixed, is_number, number, percent, significant
 from moejax.report.load import Run, dig
 from moejax.report.sections import curve_figure
 
@@ -28,9 +28,10 @@ def warnings(run: Run) -> Section:
     told, failed = _newest(run.lines("warning")), run.last("failure")
     blocks: list[Any] = []
     if failed:
+        loss, gradient, parameters = (_any(failed.get(name)) for name in ("loss", "grad_norm", "param_norm"))
         text = (
-            f"Stopped at step {significant(failed.get('step'))}: loss {failed.get('loss')}, gradient norm "
-            f"{failed.get('grad_norm')}, parameter norm {failed.get('param_norm')}. {failed.get('where', '')}."
+            f"Stopped at step {significant(failed.get('step'))}: loss {loss}, gradient norm {gradient}, "
+            f"parameter norm {parameters}. Where: {failed.get('where', '')}."
         )
         blocks += [Notes([text], "problem"), *_layers_of(failed)]
     if told:
@@ -122,14 +123,16 @@ def _over_layers(run: Run, key: str) -> list[tuple[str, tuple[list[int], list[fl
     ]
 
 
+def _any(value: Any) -> str:
+    """A number that may be NaN or infinite, which is what the reader is to see."""
+    return f"{value:.4g}" if isinstance(value, int | float) else NONE
+
+
 def _layers_of(failed: dict[str, Any]) -> list[Table]:
     layers = [line for line in failed.get("layers") or [] if isinstance(line, dict)]
     if not layers:
         return []
     names = ["grad_norm", "logsumexp", "entropy", "max_over_mean"]
-    rows = [
-        [Cell(str(line.get("layer"))), *(number(f"{line[n]:.4g}" if n in line else "") for n in names)]
-        for line in layers
-    ]
+    rows = [[Cell(str(line.get("layer"))), *(number(_any(line.get(n))) for n in names)] for line in layers]
     columns = ["layer", "gradient norm", "router logsumexp, rms", "router entropy, nats", "max / mean load"]
     return [Table(columns, rows, "The layers at that step", folded=len(rows) > 8)]

@@ -221,7 +221,7 @@ def heat_map(utilisation: Sequence[Sequence[float]], layers: Sequence[Any], name
 def heat_scale() -> list[tuple[str, str]]:
     """The classes of :func:`heat_map`, as (name of a CSS colour, words); drawn as text, so that it wraps on a phone."""
     words = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(HEAT_BOUNDS)]
-    words[0], words[-1] = f"under {HEAT_BOUNDS[1]:g} (dead)", f"{HEAT_BOUNDS[-2]:g} and more"
+    words[0], words[-1] = f"under {HEAT_BOUNDS[1]:g}", f"{HEAT_BOUNDS[-2]:g} and more"
     return [(_VARIABLES[color], text) for color, text in zip(HEAT, words, strict=True)]
 
 
