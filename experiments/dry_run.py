@@ -49,7 +49,8 @@ def command(values: flags.FlagValues) -> int:
       ConfigError: what is wrong whatever the devices are.
     """
     config = from_mapping(ExperimentConfig, values.config)
-    mesh = plan.resolve_mesh(plan.parse_mesh(values.mesh, config.mesh) if values.mesh is not None else config.mesh)
+    asked = plan.parse_mesh(values.mesh, config.mesh) if values.mesh is not None else config.mesh
+    mesh = plan.resolve_mesh(asked)
     problems = plan.problems(config, mesh) if min(mesh.data, mesh.expert, mesh.model) > 0 else []
     try:
         session.read_config(values.config)
@@ -63,7 +64,7 @@ def command(values: flags.FlagValues) -> int:
     counted, note = plan.with_vocabulary(config)
     made = plan.make(counted, mesh, values.platform or plan.platform_of(config))
     notes = [note] if note else []
-    if config.mesh.data == -1 and values.mesh is None:
+    if asked.data == -1:
         notes.append("mesh.data=-1 takes all devices of a run; planned for one: --mesh=data=N for more")
     _show(made, notes, config)
     if values.dry_run_compile:

@@ -189,7 +189,7 @@ def run_command(
                 say(f"seed {seed} in {folder}")
             left = max(max_seconds - (time.monotonic() - begin), 1.0) if max_seconds else 0.0
             outcome = run.train(max_seconds=left)
-            if not outcome.finished:
+            if not outcome.finished or outcome.reason == "interrupted":
                 say(
                     f"stopped at step {outcome.step} of {config.train.steps} ({outcome.reason}): "
                     "the same command continues"

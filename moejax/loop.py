@@ -274,6 +274,8 @@ class Run:
                     reason = "interrupted" if asked else "time"
                     break
             self.checkpoints.steps()  # waits for the save under way
+            if interrupt.asked:  # also in the last step: what comes after the training must not begin
+                reason = "interrupted"
         if self.main:
             self._summarise(step, told)
         return Outcome(step, step >= config.steps, reason)

@@ -148,6 +148,19 @@ def test_switched_off_variables_are_no_fault():
     assert known_bad.findings(on_gpu(variables={"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": "0"})) == []
 
 
+def test_what_is_usual_on_healthy_gpu_machines_is_no_fault():
+    busy, old = dataclasses.replace(H100, used_mib=80_000), dataclasses.replace(H100, driver="570.12")
+    for env in (
+        on_gpu(variables={"LD_LIBRARY_PATH": "/usr/local/nvidia/lib:/usr/local/nvidia/lib64"}),  # of most containers
+        on_gpu(gpus=(busy, H100), variables={"CUDA_VISIBLE_DEVICES": "1"}),  # somebody else's GPU
+        on_gpu(gpus=(old,), variables={"LD_LIBRARY_PATH": "/usr/local/cuda/compat/lib"}),
+    ):
+        assert known_bad.findings(env) == []
+    for name, value in (("JAX_PLATFORMS", "cpu,cuda"), ("JAX_PLATFORM_NAME", "cpu")):  # chosen, so no plugin failed
+        (finding,) = known_bad.findings(on_gpu(variables={name: value}, platform="cpu"))
+        assert finding.level == "warning" and f"{name}={value} while" in finding.what
+
+
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +183,7 @@ def test_only_locks_that_were_installed_are_compared():
     found = environment.lock_findings(healthy(versions=dev))
     assert [f for f in found if "cuda" in f.what or "tpu" in f.what] == []
     missing, older = [f for f in found if "dev.lock" in f.what]
-    assert "hypothesis" in missing.what and "pytest 1.0" in older.what
+    assert missing.level == "warning" and "hypothesis" in missing.what and "pytest 1.0" in older.what
     gpu = environment.lock_findings(on_gpu({"nvidia-nccl-cu13": "2.0"}))
     assert [f.level for f in gpu] == ["ok", "warning"] and "nvidia-nccl-cu13 2.0" in gpu[1].what
 
@@ -215,8 +228,12 @@ def test_a_driver_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     fake_program(tmp_path, "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     assert environment.nvidia_gpus() == ()
-    (finding,) = environment.driver_findings(healthy())
+    (finding,) = environment.driver_findings(on_gpu(gpus=(), platform="cpu"))
     assert finding.level == "error" and "lists no GPU" in finding.what
+    chosen = {"JAX_PLATFORMS": "cpu"}
+    for idle in (healthy(), on_gpu(gpus=(), platform="cpu", variables=chosen)):  # a login node, or a choice
+        assert [f.level for f in environment.driver_findings(idle)] == ["note"]
+    assert environment.driver_findings(on_gpu(gpus=())) == []  # JAX has its GPU without nvidia-smi
     monkeypatch.setenv("PATH", "")
     assert environment.driver_findings(healthy(), tmp_path / "no such device") == []
 
@@ -303,7 +320,16 @@ def test_a_wrong_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch):
     }  # fmt: skip
     assert facts["speed"]["matmul_tflops"] == 2 * facts["speed"]["matmul_size"] ** 3 / 1e12
     assert any("'any'" in f.what and "50% of a dense" in f.what for f in found)
-    right = kernels_pallas.grouped_ffn
+    right, precisions = kernels_pallas.grouped_ffn, []
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        precisions.append(jax.config.jax_default_matmul_precision)
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(kernels_pallas, "grouped_ffn", listening)
+    with jax.default_matmul_precision("bfloat16"):  # the user's choice for speed is not judged here
+        assert speed._error("float32")[0] <= speed.TOLERANCE["float32"]
+    assert precisions == ["highest", "highest"]
 
     def wrong(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
         ys = right(*args, implementation=implementation, **kwargs)

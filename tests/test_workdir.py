@@ -118,6 +118,30 @@ def test_a_row_whose_steps_two_calls_made(finished: Path, workspace: Path, argum
     assert [row["step"] for row in rows(workdir) if row["kind"] == "train"] == [4, 6]
 
 
+def test_ctrl_c_in_the_last_step_begins_no_evaluation(
+    finished: Path,
+    workspace: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    workdir, validate = workspace / "last", Run.validate
+
+    def interrupted(self: Run, state: Any, step: int) -> float:
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return validate(self, state, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "validate", interrupted)
+        assert execute(*arguments, f"--workdir={workdir}") == 130
+    assert "stopped at step 6 of 6 (interrupted): the same command continues" in capsys.readouterr().err
+    assert "final" not in {row["kind"] for row in rows(workdir)}
+    assert execute(*arguments, f"--workdir={workdir}") == 0
+    same_arrays(workdir, finished)
+    assert rows(workdir, "time", "tokens_per_s", "mfu") == rows(finished, "time", "tokens_per_s", "mfu")
+
+
 def test_rows_that_come_again_are_taken_out(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     kept = [{"kind": "train", "step": 2}, {"kind": "valid", "step": 4}, {"kind": "note"}]

@@ -30,11 +30,11 @@ def examine(
     }
     found += guarded("python", found, environment.python_findings, env) or []
     found += guarded("locks", found, environment.lock_findings, env) or []
-    found += guarded("driver", found, environment.driver_findings, env) or []
     from experiments.doctor import hardware
 
     found += guarded("devices", found, hardware.device_findings, facts) or []
     env = dataclasses.replace(env, platform=facts.get("platform", ""))
+    found += guarded("driver", found, environment.driver_findings, env) or []
     found += guarded("known-bad combinations", found, known_bad.findings, env) or []
     found += guarded("disk", found, hardware.disk_findings, workdir, hardware.cache_folder(), facts) or []
     if "platform" in facts:

@@ -95,15 +95,18 @@ def current() -> Environment:
 
 
 def driver_findings(env: Environment, device_file: Path = Path("/dev/nvidiactl")) -> list[Finding]:
-    """A driver that is there and does not answer."""
-    if env.gpus or not (device_file.exists() or shutil.which("nvidia-smi")):
+    """A driver that is there and does not answer: no fault where JAX has its GPU all the same (a container may come
+    without nvidia-smi), and a note where nothing asks for one (a login node)."""
+    if env.gpus or env.platform == "gpu" or not (device_file.exists() or shutil.which("nvidia-smi")):
         return []
+    wanted = any(re.fullmatch(r"jax-cuda\d+-plugin", name) for name in env.versions)
+    wanted = wanted and env.variables.get("JAX_PLATFORMS", "").split(",")[0] in ("", "cuda", "gpu")
     return [
         Finding(
-            "error",
+            "error" if wanted else "note",
             "driver",
             "an NVIDIA driver is installed, but nvidia-smi lists no GPU",
-            "JAX would fail, or run on the CPU without saying so",
+            "JAX would fail, or run on the CPU without saying so" if wanted else "runs here use the CPU",
             "run nvidia-smi by hand: after an update of the driver a reboot is needed; in a container, pass the GPU in",
         )
     ]
@@ -173,7 +176,7 @@ def _against(name: str, pins: dict[str, str], env: Environment) -> list[Finding]
     if missing:
         found.append(
             Finding(
-                "error",
+                "warning" if name == "dev" else "error",  # no run needs the tools of development
                 "locks",
                 f"missing from requirements/{name}.lock: {', '.join(missing)}",
                 "something that needs them will fail when it is imported",

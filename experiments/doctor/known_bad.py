@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from experiments.doctor.environment import Environment, number
+from experiments.doctor.environment import Environment, Gpu, number
 from experiments.doctor.finding import Finding, Level
 
 GPU_MEMORY = "https://docs.jax.dev/en/latest/gpu_memory_allocation.html"
@@ -90,10 +90,11 @@ def _two_plugins(env: Environment) -> str | None:
 
 
 def _forced_cpu(env: Environment) -> str | None:
-    asked = env.variables.get("JAX_PLATFORMS", "")
-    if not env.gpus or not asked or {"cuda", "gpu", ""} & {p.strip() for p in asked.split(",")}:
+    name = next((n for n in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if env.variables.get(n)), "")
+    asked = env.variables.get(name, "")
+    if not env.gpus or asked.split(",")[0].strip().lower() in ("", "cuda", "gpu"):  # the first is the one that runs
         return None
-    return f"JAX_PLATFORMS={asked} while {len(env.gpus)} x {env.gpus[0].name} is there"
+    return f"{name}={asked} while {len(env.gpus)} x {env.gpus[0].name} is there"
 
 
 def _hidden(env: Environment) -> str | None:
@@ -103,7 +104,8 @@ def _hidden(env: Environment) -> str | None:
 
 
 def _old_driver(env: Environment) -> str | None:
-    if "jax-cuda13-plugin" not in env.versions:
+    # NVIDIA's compatibility libraries stand in for a newer driver's.
+    if "jax-cuda13-plugin" not in env.versions or "compat" in env.variables.get("LD_LIBRARY_PATH", ""):
         return None
     old = [gpu.driver for gpu in env.gpus if number(gpu.driver) and number(gpu.driver) < (580,)]
     return f"driver {old[0]} for CUDA 13" if old else None
@@ -119,7 +121,9 @@ def _cudnn(env: Environment) -> str | None:
 
 def _library_path(env: Environment) -> str | None:
     value = env.variables.get("LD_LIBRARY_PATH", "")
-    folders = [f for f in value.split(":") if re.search("cuda|cudnn|nvidia", f, re.IGNORECASE)]
+    # Not where containers mount the driver's own libraries, or those that stand in for them.
+    others = [f for f in value.split(":") if not re.match("/usr/local/nvidia/", f) and "compat" not in f]
+    folders = [f for f in others if re.search("cuda|cudnn|nvidia", f, re.IGNORECASE)]
     bundled = any(name.startswith("nvidia-cudnn-cu") for name in env.versions)
     return f"LD_LIBRARY_PATH names {folders[0]}" if folders and bundled else None
 
@@ -154,9 +158,15 @@ def _platform_allocator(env: Environment) -> str | None:
     return f"XLA_PYTHON_CLIENT_ALLOCATOR={value}" if value.lower() == "platform" else None
 
 
+def _visible(env: Environment) -> list[Gpu]:
+    """GPUs that CUDA_VISIBLE_DEVICES leaves; all where it gives no numbers."""
+    words = [word.strip() for word in env.variables.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [env.gpus[int(word)] for word in words if word.isdigit() and int(word) < len(env.gpus)] or list(env.gpus)
+
+
 def _occupied(env: Environment) -> str | None:
     off = env.variables.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0")
-    for gpu in env.gpus:
+    for gpu in _visible(env):
         if gpu.memory_mib and gpu.used_mib > 0.25 * gpu.memory_mib and not off:
             return f"{gpu.name}: {gpu.used_mib:,} of {gpu.memory_mib:,} MiB are taken already"
     return None

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Generator, Mapping
@@ -181,12 +182,16 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def score_of(folder: Path) -> float | None:
-    """Validation score that a step folder was saved with. Raises errors of many kinds where it cannot be read."""
-    record = checksums.read(folder)
+    """Validation score that a step folder was saved with; None for none, and for NaN, which compares with nothing.
+
+    Raises errors of many kinds where it cannot be read.
+    """
+    record, older = checksums.read(folder), folder / "metrics" / "metrics"
     if record is not None:
-        return record["score"]
-    older = folder / "metrics" / "metrics"
-    return float(json.loads(older.read_bytes())["score"]) if older.exists() else None
+        score = record["score"]
+    else:
+        score = float(json.loads(older.read_bytes())["score"]) if older.exists() else None
+    return None if score is None or math.isnan(score) else score
 
 
 def best_in(directory: Path) -> int | None:

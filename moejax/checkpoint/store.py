@@ -148,8 +148,9 @@ class Checkpoints:
         for step in set(steps) - kept:
             folder = self.directory / str(step)
             unwanted = folder.with_name(f"{step}{UNWANTED}")
-            os.rename(folder, unwanted)  # what is half-deleted must not look like a checkpoint
-            shutil.rmtree(unwanted, ignore_errors=True)
+            with contextlib.suppress(OSError):  # one too many ends no training; the next save tries again
+                os.rename(folder, unwanted)  # what is half-deleted must not look like a checkpoint
+                shutil.rmtree(unwanted, ignore_errors=True)
 
     def _failed(self, step: int | None, size: int, error: BaseException | None) -> ConfigError:
         """The error to raise for a save that came to nothing; what it left is removed, it takes room too."""

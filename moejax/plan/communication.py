@@ -64,11 +64,11 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
         # Used twice, as a table and as a matrix: its two gradients are summed apart.
         rest += weights["embedding"] * F32
     # Forward, once more where the backward pass makes the layer again, once more for exact balance losses.
-    passes = 1 + (model.remat != "none") + (1 if _exact_balance(config) else 0) / 1
+    passes = 1 + (model.remat != "none") + (1 if _exact_balance(config) else 0)
     sums = layers * (5 * model.moe.num_experts + 2) * F32
     return [
         Collective("all-gather", "experts' weights, whole for each layer", "expert", s.expert_shards,
-                   round(experts * passes) * micros),
+                   experts * passes * micros),
         Collective("all-reduce", "gradients of the experts, whole for each layer", over, n, experts * micros),
         Collective("all-reduce", "gradients of everything else", over, n, rest * micros),
         Collective("all-reduce", "metrics of MoE layers", over, n,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import re
 from collections import Counter
 from typing import Any
@@ -50,8 +51,9 @@ def devices_for(mesh: MeshConfig) -> list[Any]:
       ConfigError: there are fewer.
     """
     needed = mesh.data * mesh.expert * mesh.model
-    with contextlib.suppress(RuntimeError):  # how many devices a CPU shows can be said before JAX starts only
-        jax.config.update("jax_num_cpu_devices", needed)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # the user's word goes first
+        with contextlib.suppress(RuntimeError):  # how many devices a CPU shows can be said before JAX starts only
+            jax.config.update("jax_num_cpu_devices", max(needed, jax.config.values["jax_num_cpu_devices"]))
     for platform in (None, "cpu"):
         devices = jax.devices(platform)
         if len(devices) >= needed:
