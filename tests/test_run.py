@@ -198,6 +198,7 @@ def test_a_finished_workdir_is_skipped(finished: Path, command: list[str], capsy
     assert "step 1/" not in said
 
 
+@pytest.mark.slow  # test_soak.py kills the same command at 20 points
 def test_an_interrupted_run_continues_to_the_same_parameters(
     workspace: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -237,6 +238,7 @@ def test_max_seconds_ends_well(
     assert "stopped at step 4 of 6 (time): the same command continues" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_seeds_make_intervals(workspace: Path, finished: Path, command: list[str], capsys: pytest.CaptureFixture[str]):
     """A table of three seeds goes on from the one that is there; one without it is refused."""
     workdir = shutil.copytree(finished, workspace / "seeds")

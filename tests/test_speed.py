@@ -6,7 +6,7 @@ import pytest
 
 from experiments import speed
 from moejax.results import read_rows
-from tests.small import quick_compilation, small_config
+from tests.small import quick_compilation, small_config, small_model
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -17,14 +17,14 @@ def one_device():
         yield
 
 
-def config_of_two_layers():
-    config = small_config(steps=4, batch_size=8)
+def config_of_one_layer():
+    config = small_config(dataclasses.replace(small_model(first_dense=0, every=1), num_layers=1), steps=4, batch_size=8)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=16))
 
 
 def test_a_row_for_each_back_end_and_pass_and_one_that_refuses_says_why(tmp_path):
     said = []
-    code = speed.measure(config_of_two_layers(), ["auto", "ref", "mosaic_gpu"], tmp_path / "r.jsonl", 2, said.append)
+    code = speed.measure(config_of_one_layer(), ["auto", "ref", "mosaic_gpu"], tmp_path / "r.jsonl", 2, said.append)
     assert code == 0
     rows = {(row.row, row.metric): row for row in read_rows(tmp_path / "r.jsonl")}
     assert len(rows) == 6
@@ -47,7 +47,7 @@ def test_gradients_that_differ_are_no_figures(tmp_path, monkeypatch):
     firsts = iter([(2.0, 1.0), (2.0, 1.1)])
     monkeypatch.setattr(speed, "time_passes", lambda *args: (timed, next(firsts)))
     said = []
-    code = speed.measure(config_of_two_layers(), ["auto", "ref"], tmp_path / "r.jsonl", 1, said.append)
+    code = speed.measure(config_of_one_layer(), ["auto", "ref"], tmp_path / "r.jsonl", 1, said.append)
     assert code == 1
     assert {row.row for row in read_rows(tmp_path / "r.jsonl")} == {"cpu_tiled"}
     assert any("WRONG: ref" in line for line in said)

@@ -313,6 +313,7 @@ def test_the_first_bad_step_is_named_and_nothing_broken_is_saved(make: Callable[
     assert rows(run, "train") == []  # a mean over a broken step is no figure
 
 
+@pytest.mark.slow
 def test_other_shapes_in_mid_run_are_reported_and_loads_add_up(make: Callable[..., Run], corpus: Corpus):
     run = make(steps=4, eval_every=2, log_every=4)
     put, validate, calls = run._put, run.validate, []

@@ -97,6 +97,7 @@ def same_arrays(one: Path, other: Path, step: int = 6) -> None:
 # --- stopped and continued ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_soak.py compares such rows too
 def test_a_row_whose_steps_two_calls_made(finished: Path, workspace: Path, arguments: list[str]):
     """Stopped at step 2, between the log lines of steps 0 and 4: that of step 4 is the mean of all four steps."""
     workdir = workspace / "stopped"

@@ -56,6 +56,7 @@ class TestValues:
         for pattern in range(16):
             check_matmul(NAME, SHAPE, specs.with_empties(pattern, 4, SHAPE.rows, seed=pattern))
 
+    @pytest.mark.slow
     def test_other_group_sizes_transposed_in_bfloat16(self):
         for sizes in (
             np.array([16, 0, 16, 6], np.int32),  # groups end where tiles do; no tail
