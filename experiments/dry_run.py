@@ -13,6 +13,8 @@ from moejax import plan
 from moejax.config import ConfigError, ExperimentConfig, config_hash, from_mapping
 from moejax.plan import text
 
+flags.disclaim_key_flags()  # they are those of experiments.run, and in its --help
+
 
 def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import session
 from moejax import replay, trace
@@ -147,14 +146,7 @@ def render_hits(policy: str, hits: dict[int, np.ndarray], layers: list[int], num
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
     add: dict[str, Any] = {"flag_values": values}
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config whose model.moe says router and limits. Default: the run's own.",
-        lock_config=True,
-        sys_argv=argv,
-        **add,
-    )
+    session.define_config_flag(values, argv, "Config whose model.moe says router and limits. Default: the run's own.")
     flags.DEFINE_string("trace", None, "File that experiments.trace wrote.", **add)
     flags.DEFINE_string("output", None, "File for the decisions, a trace again; several settings: one each.", **add)
     flags.DEFINE_list("factors", [], "Capacity factors to sweep; 0: no limit. Default: the config's.", **add)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import dry_run, session
 from experiments.training_rows import PAPER as TRAINING
@@ -205,14 +204,7 @@ def run_command(
 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, with a variant after a colon.",
-        lock_config=True,
-        flag_values=values,
-        sys_argv=argv,  # it looks there for the fields that are set
-    )
+    session.define_config_flag(values, argv)
     flags.DEFINE_string(
         "workdir", None, "Folder of this run: config, metrics, checkpoints, results, report.", flag_values=values
     )

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 import kernels_pallas
 from kernels_pallas.grouped_matmul.ffn import Weights
@@ -27,6 +28,8 @@ from moejax.data import Corpus
 from moejax.experts import GATED
 from moejax.interrupt import EXIT_CODE
 from moejax.results import ResultsError, environment_facts, write_atomically
+
+flags.disclaim_key_flags()  # what is defined here is a flag of the command that asked for it, and in its --help
 
 BINDING = ("model", "data", "train", "init_from")
 """Groups of fields that a workdir's checkpoints depend on; evaluation, table and mesh may change between calls."""
@@ -100,6 +103,20 @@ def interrupted() -> int:
     """Says so, and returns the exit code."""
     print("interrupted: what was finished is kept; the same command goes on", file=sys.stderr, flush=True)
     return EXIT_CODE
+
+
+def define_config_flag(
+    values: flags.FlagValues, argv: list[str] | None, text: str = "Config file, with a variant after a colon."
+) -> None:
+    """``--config`` and a flag for each field of its config; ``argv`` as in :data:`Define`."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        text,
+        lock_config=True,
+        flag_values=values,
+        sys_argv=argv,  # it looks there for the fields that are set
+    )
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import session
 from moejax import sharding, validate
@@ -181,14 +180,7 @@ def measure(config: ExperimentConfig, names: list[str], output: Path, repeats: i
 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, with a variant after a colon.",
-        lock_config=True,
-        flag_values=values,
-        sys_argv=argv,
-    )
+    session.define_config_flag(values, argv)
     flags.DEFINE_list("implementations", ["auto"], "Back ends; auto: what runs by default.", flag_values=values)
     flags.DEFINE_integer("repeats", 20, "Timed calls of each pass.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("vocab_size", 8192, "Where the config leaves it to the tokenizer.", flag_values=values)

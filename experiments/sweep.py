@@ -126,14 +126,8 @@ def run_sweep(
 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file of every point, with a variant after a colon; --config.field=value holds for all points.",
-        lock_config=True,
-        flag_values=values,
-        sys_argv=argv,
-    )
+    text = "Config file of every point, with a variant after a colon; --config.field=value holds for all points."
+    session.define_config_flag(values, argv, text)
     flags.DEFINE_string("sweep", None, "Python file with a function sweep() that yields points.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of the sweep; each point has a folder in it.", flag_values=values)
     flags.DEFINE_integer("jobs", 1, "Points that run at a time.", lower_bound=1, flag_values=values)

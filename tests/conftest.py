@@ -7,7 +7,8 @@ JAX reads these variables when it is imported, so they are set before the first 
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,22 @@ def pytest_configure(config: pytest.Config) -> None:
             "a pytest plugin does so; disable it with -p no:NAME, or set these variables yourself"
         )
     os.environ.update(settings)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles quickly, and keeps programs for the other tests of the module."""
+    from tests.small import quick_compilation  # after JAX's variables are set
+
+    with quick_compilation(tmp_path_factory.mktemp("programs")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small texts and ``small_config.py``, which reads them."""
+    from tests.small import write_workspace
+
+    folder = tmp_path_factory.mktemp("workspace")
+    write_workspace(folder)
+    return folder

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,19 @@ def write_workspace(root: Path) -> Path:
     path = root / "small_config.py"
     path.write_text(CONFIG_FILE, encoding="utf-8")
     return path
+
+
+def load_plain(path: Path) -> Any:
+    """The ConfigDict of variant "plain" of a file that :func:`write_workspace` wrote."""
+    spec = importlib.util.spec_from_file_location("small_config", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config("plain")
+
+
+def execute(*arguments: str) -> int:
+    """experiments.run with these arguments, in this process; its exit code."""
+    from experiments import run, session
+
+    return session.call(run.define_flags, run.command, arguments)

@@ -1,10 +1,9 @@
 """The loop around the step: what it writes, and that stopping and resuming change nothing."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,15 @@ from moejax.data import Corpus, eval_batches, load_corpus
 from moejax.evaluate import bits_per_byte
 from moejax.loop import Outcome, Run, padded_byte_lengths, resolve_vocab
 from moejax.sharding import make_mesh
-from tests.small import flat, quick_compilation, write_workspace
+from tests.small import flat, load_plain, write_workspace
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("programs")):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    path = write_workspace(tmp_path_factory.mktemp("texts"))
-    spec = importlib.util.spec_from_file_location("small_config", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_mapping(ExperimentConfig, module.get_config("plain"))
+    plain = load_plain(write_workspace(tmp_path_factory.mktemp("texts")))
+    return from_mapping(ExperimentConfig, plain)
 
 
 @pytest.fixture(scope="module")

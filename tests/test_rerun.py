@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from experiments import rerun, run, session, sweep
+from experiments import rerun, session, sweep
 from moejax.results import ResultRow, append_rows, environment_facts, read_rows
 from moejax.verdicts.agreement import (
     ELSEWHERE,
@@ -21,13 +21,9 @@ from moejax.verdicts.agreement import (
     differences,
     same_setting,
 )
-from tests.small import quick_compilation, write_workspace
+from tests.small import execute, quick_compilation, write_workspace
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def execute(*arguments: str) -> int:
-    return session.call(run.define_flags, run.command, arguments)
 
 
 def row(**fields: Any) -> ResultRow:

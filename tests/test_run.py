@@ -14,6 +14,7 @@ from typing import Any
 import chex
 import jax
 import pytest
+from absl import flags
 
 from experiments import run, session
 from experiments.papers import capacity_aware
@@ -23,7 +24,7 @@ from moejax.loop import Outcome, Run
 from moejax.progress import TrainProgress
 from moejax.report import build_report
 from moejax.results import ResultRow, read_rows
-from tests.small import flat, quick_compilation, write_workspace
+from tests.small import execute, flat, quick_compilation
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("order", "reverse", "random", "score")
@@ -35,10 +36,6 @@ CONTRASTS = [
 ]
 
 
-def execute(*arguments: str) -> int:
-    return session.call(run.define_flags, run.command, arguments)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once() -> Iterator[None]:
     before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
@@ -47,13 +44,6 @@ def compiled_once() -> Iterator[None]:
         yield
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workspace")
-    write_workspace(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -360,3 +350,10 @@ def test_config_json_is_the_config_that_ran(finished: Path):
     stored = json.loads((finished / "config.json").read_text())
     _, config, _ = checkpoint.load_model(finished)
     assert to_dict(config) == stored
+
+
+def test_help_shows_every_flag_of_the_command():
+    values = flags.FlagValues()
+    run.define_flags(values, ["program"])
+    shown = {flag.name for flag in values.get_key_flags_for_module(run)}
+    assert shown == set(values) and {"config", "workdir", "dry_run", "mesh", "platform", "row"} <= shown

@@ -6,15 +6,9 @@ import pytest
 
 from experiments import speed
 from moejax.results import read_rows
-from tests.small import quick_compilation, small_config, small_model
+from tests.small import small_config, small_model
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
-
-@pytest.fixture
-def one_device():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def config_of_one_layer():

@@ -1,7 +1,6 @@
 """What a run says when its router collapses, when a step is not finite, and when a program is compiled again."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -23,15 +22,12 @@ from moejax.sharding import make_mesh
 from moejax.train import StepMetrics, Trainer, gradient_norms
 from moejax.types import MoEMetrics
 from moejax.validate import check
-from tests.small import flat, quick_compilation, small_config, start, write_workspace
+from tests.small import flat, load_plain, small_config, start, write_workspace
 
 EXPERTS, K, TOKENS = 8, 2, 800
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("programs")):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 # --- router collapse ----------------------------------------------------------------------------------------------
@@ -249,12 +245,7 @@ def test_a_setting_is_named_and_an_unarmed_function_is_silent():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    path = write_workspace(tmp_path_factory.mktemp("texts"))
-    spec = importlib.util.spec_from_file_location("small_config", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    plain = module.get_config("plain")
+    plain = load_plain(write_workspace(tmp_path_factory.mktemp("texts")))
     plain.model.activation = "relu"  # fewer operations to compile
     return from_mapping(ExperimentConfig, plain)
 

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import run, session
+from experiments import session
 from moejax import checkpoint, metrics
 from moejax.checkpoint import store
 from moejax.config import ConfigError
 from moejax.loop import Run
-from tests.small import quick_compilation, write_workspace
+from tests.small import execute
 
-
-def execute(*arguments: str) -> int:
-    return session.call(run.define_flags, run.command, arguments)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("programs")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workspace")
-    write_workspace(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
