@@ -16,7 +16,7 @@ from typing import Literal, dataclass_transform
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "swiglu_clamped"]
 
 
 @dataclass_transform(frozen_default=True)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,7 @@ class Checkpoints:
     def _failed(self, step: int | None, size: int, error: BaseException | None) -> ConfigError:
         """The error to raise for a save that came to nothing; what it left is removed, it takes room too."""
         free = shutil.disk_usage(self.directory).free
-        with contextlib.suppress(OSError):
-            for child in self.directory.glob(f"{step}{UNFINISHED}*"):
-                shutil.rmtree(child, ignore_errors=True)
+        self._remove_unfinished(step)
         steps = steps_in(self.directory)
         good = f"step {steps[-1]}" if steps else "its beginning"
         what = "no checkpoint can" if step is None else f"the checkpoint of step {step} cannot"
@@ -169,6 +168,19 @@ class Checkpoints:
             f"({_readable(size)}); {free:,} bytes ({_readable(free)}) were free{missing}. {last}. Training stops "
             f"rather than go on unsaved: make room, and the same command goes on from {good}"
         )
+
+    def _remove_unfinished(self, step: int | None) -> None:
+        """Removes the folder of a save that failed, again while Orbax's other writers still fill it.
+
+        What is there after the last look (they are threads that nothing waits for), the next writer removes.
+        """
+        for wait in (0.0, 0.1, 0.2, 0.4, 0.8):
+            time.sleep(wait)
+            left = list(self.directory.glob(f"{step}{UNFINISHED}*"))
+            if wait and not left:
+                return
+            for child in left:
+                shutil.rmtree(child, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:
