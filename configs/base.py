@@ -13,15 +13,16 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "base"
     config.scale = "custom"  # tiny | h100 | paper | custom
-    config.init_from = ""  # workdir or checkpoint folder whose parameters start the run
+    config.init_from = ""  # workdir, checkpoint folder or Hugging Face folder whose parameters start the run
+    config.model_from = "config"  # config | init_from: whose model it is
 
     config.model = ConfigDict()
     config.model.vocab_size = 0  # 0: the tokenizer's, rounded up to a multiple of 64
     config.model.num_layers = 2
     config.model.dim = 128
     config.model.ffn_dim = 512  # hidden width of dense FFN layers
-    config.model.activation = "swiglu"  # swiglu | geglu | gelu | relu
-    config.model.wiring = "standard"
+    config.model.activation = "swiglu"  # swiglu | geglu | gelu | relu | swiglu_clamped
+    config.model.wiring = "standard"  # standard | longcat
     config.model.tie_embeddings = True
     config.model.scale_embeddings = True
     config.model.norm_eps = 1e-6
@@ -38,7 +39,34 @@ def get_config() -> ConfigDict:
     config.model.attention.qk_norm = False
     config.model.attention.bias = False
     config.model.attention.rope_theta = 10_000.0
+    config.model.attention.kind = "grouped"  # grouped | latent
+    config.model.attention.qk_norm_over = "head"  # head | projection
+    config.model.attention.output_bias = False
+    config.model.attention.sinks = False  # a learned logit for each head in the softmax
+    config.model.attention.window = 0  # tokens that a query sees; 0: all
+    config.model.attention.window_layers = ()  # layers that have the window; (): all
+    config.model.attention.softmax_scale = 0.0  # 0: 1 / sqrt(query head's dimensions)
+    config.model.attention.query_rank = 0  # latent attention: this and the next four
+    config.model.attention.latent_rank = 0
+    config.model.attention.rope_head_dim = 0
+    config.model.attention.value_head_dim = 0
+    config.model.attention.scale_latents = False
     config.model.attention.implementation = "auto"  # auto | xla | cudnn
+
+    config.model.attention.rope = ConfigDict()
+    config.model.attention.rope.layout = "halves"  # halves | interleaved
+    config.model.attention.rope.fraction = 1.0  # share of the head's dimensions that rotate
+    config.model.attention.rope.scaling = "none"  # none | linear | yarn | llama3
+    config.model.attention.rope.factor = 1.0
+    config.model.attention.rope.original_length = 0
+    config.model.attention.rope.beta_fast = 32.0
+    config.model.attention.rope.beta_slow = 1.0
+    config.model.attention.rope.truncate = True
+    config.model.attention.rope.mscale = 0.0
+    config.model.attention.rope.mscale_all_dim = 0.0
+    config.model.attention.rope.attention_factor = 0.0
+    config.model.attention.rope.low_freq_factor = 1.0
+    config.model.attention.rope.high_freq_factor = 4.0
 
     config.model.moe = ConfigDict()
     config.model.moe.num_experts = 8
@@ -47,6 +75,10 @@ def get_config() -> ConfigDict:
     config.model.moe.every = 1  # then the last layer of every so many is MoE
     config.model.moe.shared_experts = 0
     config.model.moe.shared_gate = "none"  # none | sigmoid
+    config.model.moe.shared_dim = 0  # width of the shared FFN; 0: shared_experts * expert_dim
+    config.model.moe.dense_layers = ()  # further dense layers, by index
+    config.model.moe.expert_bias = False
+    config.model.moe.zero_experts = 0  # experts that return their input, beside num_experts
     config.model.moe.capacity_factor = 0.0  # 0: dropless
     config.model.moe.capacity_order = "score"  # score | order | reverse | random
     config.model.moe.dispatcher = "local"  # local | dense
@@ -61,12 +93,16 @@ def get_config() -> ConfigDict:
     config.model.moe.router.jitter = 0.0
     config.model.moe.router.bias_update_rate = 0.001
     config.model.moe.router.noncausal = "refuse"  # refuse | allow
+    config.model.moe.router.bias = False  # learned, on the logits
+    config.model.moe.router.groups = 1  # group-limited top-k: groups of consecutive experts ...
+    config.model.moe.router.groups_kept = 1  # ... of which each token takes so many
+    config.model.moe.router.group_score = "max"  # max | top2_sum
 
     config.data = ConfigDict()
     config.data.source = "builtin"  # builtin | files
     config.data.root = ""  # folder that the domains' paths are relative to
     config.data.domains = ConfigDict()  # {name: {train, valid, test, weight}}; builtin reads weights only
-    config.data.tokenizer = "byte"  # byte | bpe:FILE | bpe-train:SIZE
+    config.data.tokenizer = "byte"  # byte | bpe:FILE | pretrained:FOLDER | bpe-train:SIZE | init_from
     config.data.seq_len = 128
     config.data.document_marker = "<|endoftext|>"
     config.data.text_field = "text"

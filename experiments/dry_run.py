@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import session
-from moejax import plan
+from moejax import plan, pretrained
 from moejax.config import ConfigError, ExperimentConfig, config_hash, from_mapping
 from moejax.plan import text
 
@@ -50,7 +50,7 @@ def command(values: flags.FlagValues) -> int:
     Raises:
       ConfigError: what is wrong whatever the devices are.
     """
-    config = from_mapping(ExperimentConfig, values.config)
+    config = pretrained.adopt(from_mapping(ExperimentConfig, values.config))
     asked = plan.parse_mesh(values.mesh, config.mesh) if values.mesh is not None else config.mesh
     mesh = plan.resolve_mesh(asked)
     problems = plan.problems(config, mesh) if min(mesh.data, mesh.expert, mesh.model) > 0 else []
@@ -68,6 +68,7 @@ def command(values: flags.FlagValues) -> int:
     notes = [note] if note else []
     if asked.data == -1:
         notes.append("mesh.data=-1 takes all devices of a run; planned for one: --mesh=data=N for more")
+    notes += plan.remarks(counted, mesh)
     _show(made, notes, config)
     if values.dry_run_compile:
         _compile(made)

@@ -2,11 +2,14 @@
 
     python -m experiments.generate --checkpoint=runs/ca --prompt="def main(" [--max_new_tokens=200]
     python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --temperature=0.8 --top_k=40 --seed=1
+    python -m experiments.generate --checkpoint=OLMoE-1B-7B-Instruct --prompt="Why is the sky blue?" --chat
 
-At ``--temperature=0`` (the default) every token is the most likely one. The text ends at the end-of-text token.
+At ``--temperature=0`` (the default) every token is the most likely one. The text ends at an end token of the model.
+``--chat`` puts the prompt into the model's own chat template. Tokens per second are printed at the end.
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +19,12 @@ from absl import flags
 
 from experiments import session
 from moejax import decode
-from moejax.checkpoint import load_model
 from moejax.config import ConfigError, DataConfig
 from moejax.data import Tokenizer, load_corpus, load_tokenizer
+from moejax.data.pretrained import PretrainedTokenizer
+from moejax.dispatch import token_shards
 from moejax.model import Decoder
+from moejax.pretrained import open_model
 
 
 def tokenizer_of(data: DataConfig, saved: dict[str, Any]) -> Tokenizer:
@@ -27,7 +32,8 @@ def tokenizer_of(data: DataConfig, saved: dict[str, Any]) -> Tokenizer:
 
     Args:
       data: of the checkpoint's config.
-      saved: state of the data when the checkpoint was made, which holds the tokenizer's hash.
+      saved: state of the data when the checkpoint was made, which holds the tokenizer's hash; empty for weights that
+        come with their tokenizer.
 
     Raises:
       ConfigError: it cannot be made again, or has become another one, so that ids would mean other text.
@@ -36,12 +42,19 @@ def tokenizer_of(data: DataConfig, saved: dict[str, Any]) -> Tokenizer:
         tokenizer = load_corpus(data).tokenizer
     else:
         tokenizer = load_tokenizer(data.tokenizer, root=data.root)
+    check_tokenizer(data, tokenizer, saved)
+    return tokenizer
+
+
+def check_tokenizer(data: DataConfig, tokenizer: Tokenizer, saved: dict[str, Any]) -> None:
+    """Raises ConfigError where ids would mean other text than in training; arguments as for :func:`tokenizer_of`."""
+    if data.tokenizer.startswith("pretrained:") and "tokenizer" not in saved:
+        return
     if tokenizer.hash != saved.get("tokenizer"):
         raise ConfigError(
             f"data.tokenizer={data.tokenizer!r} is {tokenizer.hash} now and was {saved.get('tokenizer')} when the "
             "model was trained: put the old file or text back (data.root, data.cache_dir), or train again"
         )
-    return tokenizer
 
 
 def stream(
@@ -53,38 +66,65 @@ def stream(
     temperature: float = 0.0,
     top_k: int = 0,
     seed: int = 0,
+    chat: bool = False,
+    made: list[int] | None = None,
 ) -> Iterator[str]:
-    """Pieces of the continuation of ``prompt``, each of whole characters; an end-of-text token goes before the prompt.
+    """Pieces of the continuation of ``prompt``, each of whole characters.
 
-    Ids that the tokenizer does not have (a vocabulary is padded to a multiple of 64) are never chosen.
+    The tokenizer's start ids go before the prompt. Ids that the tokenizer does not have (a vocabulary is padded to a
+    multiple of 64) are never chosen.
+
+    Args:
+      chat: the prompt is what a user says, in the model's chat template.
+      made: takes the ids that are made.
+
+    Raises:
+      ConfigError: ``chat`` without a chat template; an empty prompt for a model that begins with no token of its own.
     """
     sampler = decode.sampled(temperature, top_k) if temperature else decode.greedy
 
     def known(logits: jax.Array, key: jax.Array) -> jax.Array:
         return sampler(logits[:, : tokenizer.vocab_size], key)
 
-    start = np.concatenate([[tokenizer.eot_id], tokenizer.encode(prompt)]).astype(np.int32)
-    made: list[int] = []
-    shown = 0
+    if chat:
+        if not isinstance(tokenizer, PretrainedTokenizer):
+            raise ConfigError("--chat needs a Hugging Face folder with a chat template: our own models have none")
+        start = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    else:
+        start = np.concatenate([tokenizer.start_ids, tokenizer.encode(prompt)]).astype(np.int32)
+    if not len(start):
+        raise ConfigError("--prompt='': this model's tokenizer begins with no token of its own; give some text")
+    made = [] if made is None else made
+    before = shown = len(tokenizer.decode(start))  # decoded together: some vocabularies mark a space by the next token
     tokens = decode.generate(
-        model, [start], max_new_tokens, sampler=known, key=jax.random.key(seed), stop_id=tokenizer.eot_id
+        model,
+        [start] * token_shards(),  # every device has a row
+        max_new_tokens,
+        sampler=known,
+        key=jax.random.key(seed),
+        stop_id=tokenizer.stop_ids,
     )
     for token in tokens:
         made.append(int(token[0]))
-        whole = tokenizer.decode(made).rstrip("\ufffd")  # what may be the first bytes of a character waits for the rest
+        whole = tokenizer.decode([*start, *made]).rstrip("\ufffd")  # perhaps the first bytes of a character
         yield whole[shown:]
-        shown = len(whole)
-    yield tokenizer.decode(made)[shown:]
+        shown = max(len(whole), before)
+    yield tokenizer.decode([*start, *made])[shown:]
 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
     del argv
-    flags.DEFINE_string("checkpoint", None, "Workdir, its checkpoints folder, or one step folder.", flag_values=values)
+    session.define_checkpoint_flag(values)
     flags.DEFINE_string("prompt", None, "Text to continue; may be empty.", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 200, "Tokens to add at most.", lower_bound=1, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0: the most likely token.", lower_bound=0.0, flag_values=values)
     flags.DEFINE_integer("top_k", 0, "Draw among the most likely k tokens; 0: all.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
+    flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat template.", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Type of the computation. Default: the config's.", flag_values=values
+    )
+    session.define_mesh_flag(values)
 
 
 def command(values: flags.FlagValues) -> int:
@@ -96,22 +136,32 @@ def command(values: flags.FlagValues) -> int:
         raise ConfigError(
             f"--top_k={values.top_k} draws at random, --temperature=0 does not: set a temperature above 0"
         )
-    model, config, meta = load_model(values.checkpoint)
-    tokenizer = tokenizer_of(config.data, meta.get("data", {}))
-    sys.stdout.write(values.prompt)
-    pieces = stream(
-        model,
-        tokenizer,
-        values.prompt,
-        values.max_new_tokens,
-        temperature=values.temperature,
-        top_k=min(values.top_k, tokenizer.vocab_size),
-        seed=values.seed,
-    )
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    with session.on_mesh(values) as mesh:
+        model, config, meta = open_model(values.checkpoint, compute_dtype=values.dtype, mesh=mesh)
+        tokenizer = tokenizer_of(config.data, meta.get("data", {}))
+        made: list[int] = []
+        pieces = stream(
+            model,
+            tokenizer,
+            values.prompt,
+            values.max_new_tokens,
+            temperature=values.temperature,
+            top_k=min(values.top_k, tokenizer.vocab_size),
+            seed=values.seed,
+            chat=values.chat,
+            made=made,
+        )
+        sys.stdout.write("" if values.chat else values.prompt)
+        begin = time.monotonic()
+        for i, piece in enumerate(pieces):
+            if i == 1:
+                begin = time.monotonic()  # the first two tokens waited for the compilation of prefill and step
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
+    seconds, rest = time.monotonic() - begin, len(made) - 2
+    rate = f"{rest / seconds:.1f} tokens/s after the first two" if rest > 0 else "too few to time"
+    session.say(f"{len(made)} tokens, {rate}")
     return 0
 
 

@@ -25,11 +25,11 @@ from jaxtyping import Array, Float, Int
 from experiments import session
 from experiments.generate import tokenizer_of
 from moejax import decode
-from moejax.checkpoint import load_model
 from moejax.config import ConfigError
 from moejax.evaluate.harness import GenerateFn, Harness, adapt
 from moejax.evaluate.scoring import Batch, ScoreFn
 from moejax.model import Decoder
+from moejax.pretrained import open_model as open_weights
 from moejax.results import write_atomically
 from moejax.train import token_nll
 
@@ -83,7 +83,7 @@ def open_harness(
     """(the checkpoint's model as `Harness`, its name: model name, step and tokenizer).
 
     Args:
-      checkpoint: workdir of a run, its checkpoints folder, or one step folder.
+      checkpoint: workdir of a run, its checkpoints folder, one step folder, or a Hugging Face folder.
       dtype: of the computation; None: the config's.
       max_length: tokens that the model sees at once; None: the sequence length of its training.
       dropless: without the config's limits (capacity factor); generation is always so.
@@ -92,7 +92,7 @@ def open_harness(
     Raises:
       ConfigError: no checkpoint there, or its tokenizer is not what it was.
     """
-    model, config, meta = load_model(checkpoint, compute_dtype=dtype)
+    model, config, meta = open_weights(checkpoint, compute_dtype=dtype)
     tokenizer = tokenizer_of(config.data, meta.get("data", {}))
     size = tokenizer.vocab_size
     harness = Harness(
@@ -116,7 +116,7 @@ def open_model(checkpoint: str | Path, **options: Any) -> Any:
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
     del argv
-    flags.DEFINE_string("checkpoint", None, "Workdir, its checkpoints folder, or one step folder.", flag_values=values)
+    session.define_checkpoint_flag(values)
     flags.DEFINE_list("tasks", [], "Names of lm-eval's tasks, with commas between.", flag_values=values)
     flags.DEFINE_integer("num_fewshot", None, "Examples in the context. Default: the task's.", 0, flag_values=values)
     flags.DEFINE_integer("limit", None, "Documents of each task. Default: all.", 1, flag_values=values)

@@ -1,6 +1,7 @@
 """Writes a checkpoint's logits of given tokens, to hold one program's numbers against another's.
 
     python -m experiments.logits --checkpoint=runs/ca --tokens=tokens.npy --output=logits.npy [--dtype=float32]
+        [--mesh=data=2,expert=4]
 
 ``tokens.npy``: int32 ``[B, S]``, each row one document from its start. ``logits.npy``: float32 ``[B, S, V]``, where
 ``logits[b, s]`` is about the token after ``tokens[b, :s + 1]``. Beside it nothing is written.
@@ -16,10 +17,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from experiments import session
-from moejax.checkpoint import load_model
 from moejax.config import ConfigError
 from moejax.data.cache import replacing
+from moejax.dispatch import token_shards
 from moejax.model import Decoder
+from moejax.pretrained import open_model
 
 
 def read_tokens(path: Path) -> Int[np.ndarray, "B S"]:
@@ -64,7 +66,8 @@ def logits(model: Decoder, tokens: Int[np.ndarray, "B S"], batch_size: int = 0) 
     def forward(state: nnx.State, tokens: Array, mask: Array) -> Array:
         return nnx.merge(graph, state)(tokens, mask=mask, key=jax.random.key(0)).logits.astype(jnp.float32)
 
-    size = min(batch_size or len(tokens), len(tokens))
+    shards = token_shards()
+    size = -(-min(batch_size or len(tokens), len(tokens)) // shards) * shards
     out = []
     for first in range(0, len(tokens), size):
         rows = tokens[first : first + size].astype(np.int32)
@@ -77,12 +80,13 @@ def logits(model: Decoder, tokens: Int[np.ndarray, "B S"], batch_size: int = 0) 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
     del argv
-    flags.DEFINE_string("checkpoint", None, "Workdir, its checkpoints folder, or one step folder.", flag_values=values)
+    session.define_checkpoint_flag(values)
     flags.DEFINE_string("tokens", None, "File of int32 [B, S], made by numpy.save.", flag_values=values)
     flags.DEFINE_string("output", None, "File to write: float32 [B, S, V].", flag_values=values)
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16"], "Type of the computation. Default: the config's.", flag_values=values
     )
+    session.define_mesh_flag(values)
     flags.DEFINE_integer("batch_size", 0, "Rows at a time; 0: all.", lower_bound=0, flag_values=values)
 
 
@@ -94,8 +98,9 @@ def command(values: flags.FlagValues) -> int:
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
     tokens = read_tokens(Path(values.tokens))
-    model, _, meta = load_model(values.checkpoint, compute_dtype=values.dtype)
-    result = logits(model, tokens, values.batch_size)
+    with session.on_mesh(values) as mesh:
+        model, _, meta = open_model(values.checkpoint, compute_dtype=values.dtype, mesh=mesh)
+        result = logits(model, tokens, values.batch_size)
     with replacing(output) as file:
         np.save(file, result, allow_pickle=False)
     session.say(

@@ -20,7 +20,7 @@ from absl import flags
 from experiments import dry_run, session
 from experiments.training_rows import PAPER as TRAINING
 from experiments.training_rows import training_rows
-from moejax import checkpoint, count, metrics, sharding, validate
+from moejax import checkpoint, count, metrics, pretrained, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash
 from moejax.data import Corpus, load_corpus, train_iterator
 from moejax.evaluate import evaluate_tasks, prepare
@@ -72,7 +72,7 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
     say(f"fitting byte n-gram baselines (they read the whole split{cut}) ...")
     ngram = {str(n): ngram_baseline(corpus, n, split, max_train_bytes=NGRAM_TRAIN_BYTES) for n in NGRAM_ORDERS}
     for domain, score in scores.items():
-        say(f"  {domain:10s} {score.bits_per_byte:.3f} bits per byte   "
+        say(f"  {domain:10s} {score.bits_per_byte:.3f} bits per byte   perplexity {score.perplexity:.2f} per token   "
             + "   ".join(f"byte {n}-gram {ngram[n][domain]:.3f}" for n in ngram if domain in ngram[n]))  # fmt: skip
     rows = []
     for task in evaluate_tasks(
@@ -120,6 +120,10 @@ def plan(config: ExperimentConfig) -> str:
     lines = [
         f"config {config.name} ({config_hash(config)})",
         f"parameters {p.total:,} total, {p.active:,} active per token; routed experts {p.routed_experts / p.total:.0%}",
+    ]
+    if not config.train.steps:
+        return "\n".join([*lines, f"no training: the weights of {config.init_from} as they are"])
+    lines += [
         f"training {config.train.steps:,} steps x {config.train.batch_size} sequences x {config.data.seq_len} tokens "
         f"= {tokens:,} tokens, {3 * flops * tokens:.3g} model FLOPs ({flops:,.0f} forward per token)",
         f"parameters and AdamW state in float32: {state / 2**30:.2f} GiB, gradients {p.total * 4 / 2**30:.2f} GiB",
@@ -149,7 +153,7 @@ def run_command(
     """
     begin = time.monotonic()
     seeds = config.table.seeds or (config.train.seed,)
-    config = session.with_seed(config, seeds[0])  # the workdir's own run; the others lie under seeds/
+    config = session.with_seed(pretrained.adopt(config), seeds[0])  # the workdir's own run; the others lie under seeds/
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.token_shards(mesh)
     validate.check_devices(config, shards)
@@ -159,7 +163,8 @@ def run_command(
     corpus = load_corpus(config.data)
     config = resolve_vocab(config, corpus)
     check_held_out(config, corpus)
-    train_iterator(corpus, batch_size=config.train.batch_size, seed=config.train.seed)  # raises where text is too short
+    if config.train.steps:  # raises where text is too short
+        train_iterator(corpus, batch_size=config.train.batch_size, seed=config.train.seed)
     tasks = load_tasks(config, corpus)
     session.grouped_matmul_facts(config, shards)
     read_rows(workdir / "results.jsonl")  # a broken line is an error now, not after the training

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import errno
 import fcntl
 import importlib.util
@@ -22,11 +23,12 @@ from ml_collections import config_flags
 
 import kernels_pallas
 from kernels_pallas.grouped_matmul.ffn import Weights
-from moejax import checkpoint, count, validate
-from moejax.config import ConfigError, ExperimentConfig, config_hash, from_mapping, to_dict
+from moejax import checkpoint, count, pretrained, sharding, validate
+from moejax.config import ConfigError, ExperimentConfig, MeshConfig, config_hash, from_mapping, to_dict
 from moejax.data import Corpus
 from moejax.experts import GATED
 from moejax.interrupt import EXIT_CODE
+from moejax.plan import parse_mesh
 from moejax.results import ResultsError, environment_facts, write_atomically
 
 flags.disclaim_key_flags()  # what is defined here is a flag of the command that asked for it, and in its --help
@@ -119,6 +121,35 @@ def define_config_flag(
     )
 
 
+def define_checkpoint_flag(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "checkpoint", None,
+        "Workdir, its checkpoints folder, one step folder, or a Hugging Face folder.",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def define_mesh_flag(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "mesh", None, "Devices to spread tokens and experts over, e.g. data=2,expert=4. None: one.", flag_values=values
+    )
+
+
+@contextlib.contextmanager
+def on_mesh(values: flags.FlagValues) -> Generator[jax.sharding.Mesh | None]:
+    """The mesh that ``--mesh`` names, in force within; None without the flag.
+
+    Raises:
+      ConfigError: a mesh that the devices here cannot make.
+    """
+    if values.mesh is None:
+        yield None
+        return
+    mesh = sharding.make_mesh(parse_mesh(values.mesh, MeshConfig(data=1)))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
 def parse_flags(argv: list[str], values: flags.FlagValues) -> None:
     """Parses ``argv`` into ``values``.
 
@@ -146,6 +177,10 @@ def _flag_error(error: BaseException, argv: list[str]) -> str:
         return f"{given[0] if given else name}: the config has no field {name!r}. {' '.join(lines[1:])}".strip()
     config = next((a for a in argv if a.startswith("--config=")), "--config")
     if isinstance(error, OSError):
+        path = Path(config.partition("=")[2].partition(":")[0])
+        close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        if close and not path.exists():
+            return f"{config}: there is no such file; did you mean {path.parent / close[0]}?"
         return f"{config}: the file cannot be loaded: {lines[-1]}"
     if any(line.startswith("Traceback") for line in lines):
         last = lines[-1]
@@ -312,7 +347,7 @@ def grouped_matmul_facts(config: ExperimentConfig, token_shards: int) -> dict[st
 
 
 def begin_from(workdir: Path, config: ExperimentConfig) -> dict[str, Any] | None:
-    """Which weights the run of a workdir begins from (:func:`moejax.checkpoint.origin`): those that ``init_from`` meant
+    """Which weights the run of a workdir begins from (:func:`moejax.pretrained.origin`): those that ``init_from`` meant
     when the workdir was begun, so that a later call, or a later seed, begins from the same. None: from none.
 
     Raises:
@@ -323,7 +358,7 @@ def begin_from(workdir: Path, config: ExperimentConfig) -> dict[str, Any] | None
     known = _stored(workdir / "env.json").get("init_from")
     if known or checkpoint.steps_in(workdir / "checkpoints"):
         return known  # a run under way needs it no more
-    return checkpoint.origin(config.init_from)
+    return pretrained.origin(config.init_from)
 
 
 def keep_programs(corpus: Corpus) -> None:

@@ -20,15 +20,16 @@ from absl import flags
 from flax import nnx
 
 from experiments import session
+from experiments.generate import check_tokenizer
 from experiments.papers.capacity_aware import weights_hash
 from moejax import sharding, trace, validate
-from moejax.checkpoint import load_model
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig
 from moejax.data import Batch, Corpus, eval_batches, load_corpus
 from moejax.interrupt import Interrupt
 from moejax.limits import DropOrder
 from moejax.model import Decoder
 from moejax.moe import config_limits
+from moejax.pretrained import open_model
 from moejax.train import TrainState, split
 
 SAY_EVERY = 10.0
@@ -157,7 +158,7 @@ def record(
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
     del argv
     add: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string("checkpoint", None, "Workdir, its checkpoints folder, or one step folder.", **add)
+    session.define_checkpoint_flag(values)
     flags.DEFINE_string("output", None, "File to write (.npz); replaced when the trace is complete.", **add)
     flags.DEFINE_enum("split", None, ["train", "valid", "test"], "Default: the config's eval.final_split.", **add)
     flags.DEFINE_list("domains", [], "Domains to read, with commas. Default: all that have the split.", **add)
@@ -185,16 +186,11 @@ def command(values: flags.FlagValues) -> int:
         raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
     if jax.process_count() > 1:
         raise ConfigError("experiments.trace records on one process: a file of several would hold parts of each batch")
-    model, config, meta = load_model(values.checkpoint)
+    model, config, meta = open_model(values.checkpoint)
     config = with_flags(config, values)
     mesh_of(config)
     corpus = load_corpus(config.data)
-    saved = meta.get("data", {})
-    if corpus.tokenizer.hash != saved.get("tokenizer"):
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer!r} is {corpus.tokenizer.hash} now and was "
-            f"{saved.get('tokenizer')} when the model was trained: put the old file or text back"
-        )
+    check_tokenizer(config.data, corpus.tokenizer, meta.get("data", {}))
     text = values.split or config.eval.final_split
     domains = chosen_domains(corpus, text, values.domains)
     size = config.eval.batch_size

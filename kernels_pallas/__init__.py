@@ -6,10 +6,18 @@ and obvious, the oracle), one file for each back end, `specs.py` (shapes shared 
 """
 
 from kernels_pallas.dispatch import Backend, BackendRefused, Explanation, Implementation, Operation
-from kernels_pallas.grouped_matmul import GROUPED_FFN, GROUPED_MATMUL, grouped_ffn, grouped_matmul
+from kernels_pallas.grouped_matmul import (
+    GATED,
+    GROUPED_FFN,
+    GROUPED_MATMUL,
+    clamped_swiglu,
+    grouped_ffn,
+    grouped_matmul,
+)
 from kernels_pallas.moe_ffn import MOE_FFN, moe_ffn
 
 __all__ = [
+    "GATED",
     "GROUPED_FFN",
     "GROUPED_MATMUL",
     "MOE_FFN",
@@ -18,6 +26,7 @@ __all__ = [
     "Explanation",
     "Implementation",
     "Operation",
+    "clamped_swiglu",
     "grouped_ffn",
     "grouped_matmul",
     "moe_ffn",

@@ -1,5 +1,6 @@
 """Decoding (seam 8): a step over model and cache; greedy and sampled."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -32,20 +33,41 @@ def sampled(temperature: float = 1.0, top_k: int = 0) -> Sampler:
     return sample
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames="cache")
 def forward_cached(
     model: Decoder, tokens: Int[Array, "B S"], mask: Array, cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Appends ``tokens`` to the cache; logits after each row's last real token.
+    """Appends the real tokens among ``tokens``, those of ``mask``, to the cache; logits after each row's last one.
+
+    The cache's memory is reused: what was passed in is gone.
 
     Decoding is dropless whatever the config's capacity factor: a multiple of the mean load of a few tokens rounds down
     to no pair at all (the published code does not limit single tokens either).
     """
-    out = model(tokens, mask=mask, cache=cache, limits=())
-    last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
-    logits = jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0]
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    out = model(tokens, mask=mask, cache=cache, limits=(), at=last)
     assert out.cache is not None
-    return logits, out.cache
+    return out.logits[:, 0], out.cache
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "steps"), donate_argnames="cache")
+def extend(
+    model: Decoder, token: Int[Array, "B"], cache: Cache, key: PRNGKeyArray, begin: Array, sampler: Sampler, steps: int
+) -> tuple[Int[Array, "steps B"], Cache]:
+    """The ``steps`` tokens after ``token``, each drawn with ``fold_in(key, i)`` for ``i`` from ``begin`` on.
+
+    One program for all of them: the host is not asked in between.
+    """
+    alone = jnp.ones((token.shape[0], 1), bool)
+
+    def body(carry: tuple, i: Array) -> tuple[tuple, Array]:
+        token, cache = carry
+        out = model(token[:, None], mask=alone, cache=cache, limits=())
+        new = sampler(out.logits[:, 0], jax.random.fold_in(key, i)).astype(token.dtype)
+        return (new, out.cache), new
+
+    (_, cache), made = jax.lax.scan(body, (token, cache), begin + jnp.arange(steps))
+    return made, cache
 
 
 def generate(
@@ -55,10 +77,15 @@ def generate(
     *,
     sampler: Sampler = greedy,
     key: PRNGKeyArray | None = None,
-    stop_id: int | None = None,
+    stop_id: int | tuple[int, ...] | None = None,
     pad_to: int = 0,
+    at_a_time: int = 8,
 ) -> Iterator[np.ndarray]:
-    """Yields one new token for each row, ``max_new_tokens`` times at most; stops when every row has met ``stop_id``.
+    """Yields one new token for each row, ``max_new_tokens`` times at most; stops when every row has met ``stop_id``, or
+    one of several.
+
+    The first token comes alone, the others ``at_a_time`` by one program (what it makes too much is thrown away).
+    ``sampler`` is part of that program: pass the same function again and nothing is compiled anew.
 
     Prompts may differ in length: they are padded on the right, to at least ``pad_to`` tokens (so that batches of other
     lengths need no compilation of their own), and padding enters neither cache nor experts.
@@ -75,11 +102,15 @@ def generate(
         tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
     cache = model.init_cache(len(prompts), longest + max_new_tokens)
     logits, cache = forward_cached(model, jnp.asarray(tokens), jnp.asarray(mask), cache)
+    stops = () if stop_id is None else stop_id
     done = np.zeros(len(prompts), bool)
-    for i in range(max_new_tokens):
-        new = sampler(logits, jax.random.fold_in(key, i))
-        yield np.asarray(new)
-        done |= np.asarray(new) == stop_id
-        if (stop_id is not None and done.all()) or i == max_new_tokens - 1:
-            return
-        logits, cache = forward_cached(model, new[:, None], jnp.ones((len(prompts), 1), bool), cache)
+    made = sampler(logits, jax.random.fold_in(key, 0))[None]
+    count = 0
+    while True:
+        for new in np.asarray(made):
+            yield new
+            count += 1
+            done |= np.isin(new, stops)
+            if done.all() or count == max_new_tokens:
+                return
+        made, cache = extend(model, made[-1], cache, key, jnp.int32(count), sampler, at_a_time)

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moejax import sharding
-from moejax.routing import count_by_expert
+from moejax.routing import computing, count_by_expert
 from moejax.sharding import TOKEN_AXES
 from moejax.types import DispatchPlan, Routing, SoftRouting
 
@@ -32,13 +32,14 @@ from moejax.types import DispatchPlan, Routing, SoftRouting
 
 
 def local_plan(routing: Routing, num_tokens: int) -> DispatchPlan:
-    """Sorts the valid pairs by expert, then by pair. Every valid pair gets a row: ``P = R K``, overflow 0."""
+    """Sorts the valid pairs by expert, then by pair. Each gets a row, except those of zero-computation experts:
+    ``P = R K``, overflow 0."""
     if isinstance(routing, SoftRouting):
         raise TypeError("the local dispatcher takes pairs, not a SoftRouting: use a dense mixture's einsum dispatcher")
-    num_experts = routing.probs.shape[-1]
+    num_experts = routing.probs.shape[-1] - routing.zero_experts
     rows, k = routing.expert.shape
     pairs = rows * k
-    expert = jnp.where(routing.valid, routing.expert, num_experts).reshape(-1)
+    expert = jnp.where(computing(routing), routing.expert, num_experts).reshape(-1)
     pair = jnp.arange(pairs, dtype=jnp.int32)
     if (num_experts + 1) * pairs < 2**31:
         # One sort of one operand: expert and pair in one int32. Faster than a stable argsort of two.
@@ -64,10 +65,10 @@ def dense_plan(routing: Routing, num_tokens: int) -> DispatchPlan:
     """Every expert computes every token: row ``e T + t``. Invalid pairs point out of bounds."""
     if isinstance(routing, SoftRouting):
         raise TypeError("the dense dispatcher takes pairs, not a SoftRouting")
-    num_experts = routing.probs.shape[-1]
+    num_experts = routing.probs.shape[-1] - routing.zero_experts
     rows = num_experts * num_tokens
     token = jnp.arange(routing.expert.shape[0]) if routing.token is None else routing.token
-    row_of_pair = jnp.where(routing.valid, routing.expert * num_tokens + token[:, None], rows)
+    row_of_pair = jnp.where(computing(routing), routing.expert * num_tokens + token[:, None], rows)
     return DispatchPlan(
         token_of_row=jnp.arange(rows, dtype=jnp.int32) % num_tokens,
         row_of_pair=row_of_pair.astype(jnp.int32),
@@ -76,6 +77,17 @@ def dense_plan(routing: Routing, num_tokens: int) -> DispatchPlan:
         token=routing.token,
         overflow=jnp.int32(0),
     )
+
+
+def unchanged(x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"] | None:
+    """What the zero-computation experts return (LongCat-Flash, 2509.01322, eq. 2): each token times the sum of its
+    weights for them, in float32. None without such experts."""
+    if not routing.zero_experts:
+        return None
+    weight = jnp.sum(jnp.where(routing.valid & ~computing(routing), routing.weight, 0.0), axis=1)
+    if routing.token is not None:
+        weight = jnp.zeros_like(weight, shape=x.shape[:1]).at[routing.token].add(weight)
+    return weight[:, None] * x.astype(jnp.float32)
 
 
 PLANS: dict[str, Callable[[Routing, int], DispatchPlan]] = {"local": local_plan, "dense": dense_plan}

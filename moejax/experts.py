@@ -11,21 +11,31 @@ import kernels_pallas as kernels
 from moejax.sharding import ArraySpec, create
 from moejax.types import Activation, ExpertWeights, Routing
 
-GATED = ("swiglu", "geglu")
+GATED = kernels.GATED
 
 
 def activate(name: Activation, up: Array, gate: Array | None) -> Array:
-    """``silu(gate) * up``, ``gelu(gate) * up``, ``gelu(up)`` or ``relu(up)``; gelu is the tanh form."""
+    """``silu(gate) * up``, ``gelu(gate) * up``, ``gelu(up)`` or ``relu(up)``; gelu is the tanh form. swiglu_clamped:
+    that of ``kernels_pallas.grouped_matmul``."""
     if gate is not None:
+        if name == "swiglu_clamped":
+            return kernels.clamped_swiglu(gate, up)
         return (jax.nn.silu(gate) if name == "swiglu" else jax.nn.gelu(gate, approximate=True)) * up
     return jax.nn.gelu(up, approximate=True) if name == "gelu" else jax.nn.relu(up)
 
 
-def expert_specs(num_experts: int, dim: int, expert_dim: int, activation: Activation) -> dict[str, ArraySpec]:
-    """Arrays of E routed experts of width F, stacked over the expert axis."""
+def expert_specs(
+    num_experts: int, dim: int, expert_dim: int, activation: Activation, bias: bool = False
+) -> dict[str, ArraySpec]:
+    """Arrays of E routed experts of width F, stacked over the expert axis; with ``bias`` one for each projection."""
     up = ArraySpec((num_experts, dim, expert_dim), ("experts", "embed", "expert_ffn"), fan_in=dim)
     down = ArraySpec((num_experts, expert_dim, dim), ("experts", "expert_ffn", "embed"), fan_in=expert_dim)
-    return {"up": up, "down": down} | ({"gate": up} if activation in GATED else {})
+    specs = {"up": up, "down": down} | ({"gate": up} if activation in GATED else {})
+    if bias:
+        hidden = ArraySpec((num_experts, expert_dim), ("experts", "expert_ffn"), init="zeros")
+        specs |= {f"{name}_bias": hidden for name in ("up", "gate") if name in specs}
+        specs["down_bias"] = ArraySpec((num_experts, dim), ("experts", "embed"), init="zeros")
+    return specs
 
 
 class ExpertStore(Protocol):
@@ -50,18 +60,22 @@ class DeviceStore(nnx.Module):
         activation: Activation,
         key: PRNGKeyArray,
         scale: float,
+        bias: bool = False,
     ) -> None:
-        specs = expert_specs(num_experts, dim, expert_dim, activation)
+        specs = expert_specs(num_experts, dim, expert_dim, activation, bias)
         keys = jax.random.split(key, len(specs))
         made = {n: create(s, k, scale) for (n, s), k in zip(sorted(specs.items()), keys, strict=True)}
         self.up, self.down, self.gate = made["up"], made["down"], made.get("gate")
+        self.up_bias, self.gate_bias, self.down_bias = (made.get(f"{n}_bias") for n in ("up", "gate", "down"))
 
     def prefetch(self, routing: Routing) -> None:
         del routing
 
     def get(self) -> ExpertWeights:
-        gate = None if self.gate is None else self.gate[...]
-        return ExpertWeights(up=self.up[...], down=self.down[...], gate=gate)
+        optional = {name: getattr(self, name) for name in ("gate", "up_bias", "gate_bias", "down_bias")}
+        return ExpertWeights(
+            up=self.up[...], down=self.down[...], **{n: None if v is None else v[...] for n, v in optional.items()}
+        )
 
 
 def grouped_ffn(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config import ConfigError
-from moejax.routing import count_by_expert
+from moejax.routing import computing, count_by_expert
 from moejax.types import RouteContext, Routing, pytree, static
 
 DropOrder = Literal["score", "order", "reverse", "random"]
@@ -38,9 +38,9 @@ def rank_in_expert(routing: Routing, priority: Float[Array, "R K"]) -> Int[Array
 
 
 def mean_load(routing: Routing, ctx: RouteContext) -> Float[Array, ""]:
-    """``t k / n`` of the paper: pairs still valid over experts. Padding and pairs that an earlier limit dropped do not
-    count."""
-    return jnp.sum(routing.valid) / routing.probs.shape[-1]
+    """``t k / n`` of the paper: pairs still valid over experts. Padding, pairs that an earlier limit dropped and
+    zero-computation experts with their pairs do not count."""
+    return jnp.sum(computing(routing)) / (routing.probs.shape[-1] - routing.zero_experts)
 
 
 @pytree
@@ -99,7 +99,11 @@ def token_drop(factor: float, order: str = "score") -> TokenDrop:
 
 
 def apply(limits: tuple, routing: Routing, ctx: RouteContext) -> Routing:
-    """Applies limits from first to last."""
+    """Applies limits from first to last. Pairs of zero-computation experts cost nothing: none of them is dropped."""
+    free = routing.valid & ~computing(routing)
     for limit in limits:
         routing = limit(routing, ctx)
-    return routing
+    if not limits or not routing.zero_experts:
+        return routing
+    width = free.shape[1]  # a limit may have appended columns
+    return dataclasses.replace(routing, valid=routing.valid.at[:, :width].set(routing.valid[:, :width] | free))

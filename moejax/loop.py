@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax import checkpoint, count, metrics, watch
+from moejax import checkpoint, count, metrics, pretrained, watch
 from moejax.config import ConfigError, ExperimentConfig, config_hash, to_dict
 from moejax.data import TOKEN_CLASSES, Corpus, TokenClassifier, eval_batches, train_iterator
 from moejax.evaluate import DomainScore, bits_per_byte
 from moejax.interrupt import Interrupt
 from moejax.meter import Meter
-from moejax.model import build, moe_layer_ids
+from moejax.model import moe_layer_ids
 from moejax.progress import TrainProgress, show_load
 from moejax.recompile import Watched
 from moejax.sharding import TOKEN_AXES, put_batch
-from moejax.train import Scorer, Trainer, TrainState, score_fn, split
+from moejax.train import Scorer, Trainer, TrainState, score_fn
 from moejax.types import MoEMetrics
 
 
@@ -64,28 +65,25 @@ def resolve_vocab(config: ExperimentConfig, corpus: Corpus) -> ExperimentConfig:
 
 
 def check_origin(origin: dict[str, Any], config: ExperimentConfig, corpus: Corpus) -> None:
-    """Whether the weights that :func:`moejax.checkpoint.origin` told of are still there and fit; reads no array.
+    """Whether the weights that :func:`moejax.pretrained.origin` told of are still there and fit; reads no array.
 
     Raises:
       ConfigError: they are gone, or of another tokenizer or model.
     """
-    checkpoint.still(origin)
-    folder = Path(origin["folder"])
-    theirs, ours = checkpoint.read_meta(folder).get("data", {}).get("tokenizer"), corpus.tokenizer.hash
+    pretrained.still(origin)
+    theirs, ours = pretrained.tokenizer_hash(origin), corpus.tokenizer.hash
     if theirs is not None and theirs != ours:
         raise ConfigError(
             f"init_from={config.init_from} was trained with another tokenizer ({theirs}, "
-            f"here {ours}): its embeddings would stand for other tokens; use the same data.tokenizer"
+            f"here {ours}): its embeddings would stand for other tokens; use the same data.tokenizer, or 'init_from'"
         )
-    _, params, router_state = split(jax.eval_shape(lambda: build(config.model)))
-    checkpoint.check_fit(folder, params, prefix="params/")
-    checkpoint.check_fit(folder, router_state, prefix="router_state/")
+    pretrained.check_fit(origin, config.model)
 
 
 class Run:
     """One training run in one workdir.
 
-    ``origin``: what :func:`moejax.checkpoint.origin` said of ``init_from`` when the workdir was begun. The parameters
+    ``origin``: what :func:`moejax.pretrained.origin` said of ``init_from`` when the workdir was begun. The parameters
     are taken from that step folder, and must still be the same; None: from what ``init_from`` means now.
     """
 
@@ -103,12 +101,13 @@ class Run:
         self._score = score_fn(self.trainer.graphdef, mesh, len(TOKEN_CLASSES))
         self._classify = TokenClassifier(corpus.tokenizer)
         self.moe_layers = moe_layer_ids(config.model)
-        experts, warm = config.model.moe.num_experts, config.train.warmup_steps
-        self.health = watch.LoadWatch(config.watch, experts, self.moe_layers, begin=warm)
+        moe, warm = config.model.moe, config.train.warmup_steps
+        self.health = watch.LoadWatch(config.watch, moe.num_experts, self.moe_layers, warm, moe.zero_experts)
         self._warn: Callable[[str], None] = lambda text: None
         self._validated = False
         self._load: dict[str, Any] | None = None  # of the newest validation
         self._started: tuple[TrainState, dict[str, Any] | None] | None = None
+        self._given: TrainState | None = None  # without training: the weights of init_from
         self._micro = NamedSharding(mesh, P(None, TOKEN_AXES))
         self.writer = metrics.JsonlWriter(workdir / "metrics.jsonl")
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
@@ -127,11 +126,13 @@ class Run:
         return self.checkpoints.restore(self.trainer.abstract, step)
 
     def best(self) -> tuple[TrainState, int]:
-        """The state with the best validation score.
+        """The state with the best validation score; without training, the weights that the run begins from.
 
         Raises:
           ConfigError: the workdir has no checkpoint.
         """
+        if self.config.train.steps == 0:
+            return self.start()[0], 0
         step = self.checkpoints.best()
         if step is None:
             raise ConfigError(f"{self.workdir}: no checkpoint to evaluate; train first")
@@ -147,6 +148,9 @@ class Run:
 
     def start(self) -> tuple[TrainState, dict[str, Any] | None]:
         """The newest checkpoint, or a fresh state (from ``init_from`` where that is set)."""
+        if self.config.train.steps == 0:
+            self._given = self._given or self._as_given()
+            return self._given, None
         latest = self.checkpoints.latest()
         if latest is not None:
             state, meta = self.restore(latest)
@@ -154,13 +158,20 @@ class Run:
             return state, meta
         state = self.trainer.init()
         if self.config.init_from:
-            self.origin = self.origin or checkpoint.origin(self.config.init_from)
-            check_origin(self.origin, self.config, self.corpus)
-            folder = Path(self.origin["folder"])
-            params, _ = checkpoint.load(folder, self.trainer.abstract.params, prefix="params/")
-            router_state, _ = checkpoint.load(folder, self.trainer.abstract.router_state, prefix="router_state/")
+            params, router_state = self._pretrained("float32")
             state = dataclasses.replace(state, params=params, router_state=router_state)
         return state, None
+
+    def _as_given(self) -> TrainState:
+        """A state without an optimizer; matrices of a Hugging Face folder in the type of the computation."""
+        params, router_state = self._pretrained(self.config.model.compute_dtype)
+        return TrainState(step=jnp.int32(0), params=params, router_state=router_state, opt_state=())
+
+    def _pretrained(self, dtype: pretrained.Dtype) -> tuple:
+        self.origin = self.origin or pretrained.origin(self.config.init_from)
+        check_origin(self.origin, self.config, self.corpus)
+        abstract = self.trainer.abstract
+        return pretrained.parameters(self.origin, abstract.params, abstract.router_state, mesh=self.mesh, dtype=dtype)
 
     def validate(self, state: TrainState, step: int) -> float:
         """Writes validation and expert-load rows; returns mean bits per byte over domains."""

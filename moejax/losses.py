@@ -36,16 +36,24 @@ def register(name: str) -> Callable[[LossFn], LossFn]:
     return add
 
 
+def pairs_by_id(m: MoEMetrics) -> Float[Array, "... E"]:
+    """Pairs of each id that the router chooses among: the experts that compute, then the zero-computation ones."""
+    return m.routed if m.zero_routed is None else jnp.concatenate([m.routed, m.zero_routed], axis=-1)
+
+
 @register("balance")
 def balance(m: MoEMetrics) -> Float[Array, ""]:
-    """Load-balance loss of GShard and Switch (2101.03961, eq. 4): ``E * sum_i f_i P_i``.
+    """Load-balance loss of GShard and Switch (2101.03961, eq. 4): ``E * sum_i f_i P_i``, over all ids that the router
+    chooses among: a zero-computation expert counts like any other, so that an even load computes ``k N / (N + Z)``
+    experts for a token.
 
     ``f_i`` is the fraction of *pairs* routed to expert i (all k choices, before any limit; it sums to 1), ``P_i`` the
     mean probability of expert i over tokens. Unit: none. **1 under uniform routing for every k** (code bases that let
     ``f`` sum to k have k there); E when one expert gets everything. The gradient flows through ``P`` only.
     """
-    num_experts = m.routed.shape[-1]
-    fraction = jax.lax.stop_gradient(m.routed / jnp.maximum(jnp.sum(m.routed), 1.0))
+    pairs = pairs_by_id(m)
+    num_experts = pairs.shape[-1]
+    fraction = jax.lax.stop_gradient(pairs / jnp.maximum(jnp.sum(pairs), 1.0))
     return num_experts * jnp.sum(fraction * m.prob_sum) / jnp.maximum(m.tokens, 1.0)
 
 

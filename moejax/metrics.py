@@ -70,15 +70,26 @@ def load_summary(metrics: MoEMetrics) -> dict[str, list]:
     """Load of each layer's experts, from sums with a leading axis of layers: :func:`load_figures`, and
 
     ``dropped_share`` pairs removed / pairs routed; ``lost_share`` tokens that no expert computed / tokens;
-    ``overflow`` pairs that a static buffer lost.
+    ``overflow`` pairs that a static buffer lost. Where the layers have zero-computation experts all of these are of
+    the others, and ``zero_share`` is pairs of zero-computation experts / all pairs.
     """
     m = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), metrics)
     figures = load_figures(m.routed, m.tokens, m.entropy_sum)
-    return _lists(figures) | {
-        "dropped_share": (m.dropped / np.maximum(m.routed.sum(axis=1), 1.0)).tolist(),
-        "lost_share": (m.lost_tokens / np.maximum(m.tokens, 1.0)).tolist(),
-        "overflow": m.overflow.tolist(),
-    }
+    return (
+        _lists(figures)
+        | {
+            "dropped_share": (m.dropped / np.maximum(m.routed.sum(axis=1), 1.0)).tolist(),
+            "lost_share": (m.lost_tokens / np.maximum(m.tokens, 1.0)).tolist(),
+            "overflow": m.overflow.tolist(),
+        }
+        | ({} if m.zero_routed is None else {"zero_share": zero_share(m.routed, m.zero_routed).tolist()})
+    )
+
+
+def zero_share(routed: Float[np.ndarray, "L E"], zero_routed: Float[np.ndarray, "L Z"]) -> Float[np.ndarray, "L"]:
+    """Pairs of zero-computation experts over all pairs, of each layer."""
+    free = zero_routed.sum(axis=1)
+    return free / np.maximum(free + routed.sum(axis=1), 1.0)
 
 
 def load_row(domains: Mapping[str, MoEMetrics], classes: Sequence[str] = ()) -> dict[str, Any]:

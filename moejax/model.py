@@ -6,17 +6,21 @@ of blocks (dense or MoE) and a number of repeats.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moejax.blocks import AttentionInput, Block, KVCache, RMSNorm
+from moejax.attention import NOWHERE, AttentionInput, BlockCache, attention_input, empty_cache
+from moejax.blocks import WIRINGS
 from moejax.config import ModelConfig
+from moejax.norm import RMSNorm
 from moejax.sharding import ArraySpec, create
 from moejax.types import LayerReport, Limit, MoEMetrics, RouteContext, RoutingRecord, TokenClass, pytree
 
@@ -36,17 +40,23 @@ class ModelOutput:
 class Cache:
     """Key/value cache of all layers, and how many tokens each row holds."""
 
-    layers: tuple[tuple[KVCache, ...], ...]
+    layers: tuple[tuple[BlockCache, ...], ...]
     """For each group, for each block of its pattern: stacked over the group's repeats."""
     length: Int[Array, "B"]
+    """Real tokens appended so far."""
 
 
 def layer_groups(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
-    """``[(pattern, repeats)]``: which layers are MoE, as repeated patterns that cover ``num_layers``."""
+    """``[(pattern, repeats)]``: which layers are MoE, as repeated patterns that cover ``num_layers``.
+
+    Layers of ``moe.dense_layers`` may stand anywhere: :func:`repeated_patterns` then finds the groups.
+    """
     moe = config.moe
     is_moe = [
         i >= moe.first_dense and (i - moe.first_dense) % moe.every == moe.every - 1 for i in range(config.num_layers)
     ]
+    if any(is_moe[i] for i in moe.dense_layers):
+        return list(repeated_patterns(tuple(flag and i not in moe.dense_layers for i, flag in enumerate(is_moe))))
     groups: list[tuple[tuple[bool, ...], int]] = []
     if moe.first_dense:
         groups.append(((False,), min(moe.first_dense, config.num_layers)))
@@ -59,10 +69,45 @@ def layer_groups(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
     return groups
 
 
+@functools.cache
+def repeated_patterns(flags: tuple[bool, ...]) -> list[tuple[tuple[bool, ...], int]]:
+    """``[(pattern, repeats)]`` that spell ``flags`` with the fewest blocks to compile, then the fewest groups."""
+    end = len(flags)
+    best: list[tuple[int, int, list]] = [(0, 0, [])] * (end + 1)  # from each layer on: blocks, groups, the groups
+    for start in reversed(range(end)):
+        found = []
+        for width in range(1, end - start + 1):
+            pattern = flags[start : start + width]
+            place, repeats = start, 0
+            while flags[place : place + width] == pattern:
+                place, repeats = place + width, repeats + 1
+                blocks, groups, rest = best[place]
+                found.append((blocks + width, groups + 1, [(pattern, repeats), *rest]))
+        best[start] = min(found, key=lambda choice: choice[:2])
+    return best[0][2]
+
+
 def moe_layer_ids(config: ModelConfig) -> list[int]:
     """Indices of the MoE layers, in order."""
     flags = [flag for pattern, repeats in layer_groups(config) for flag in pattern * repeats]
     return [i for i, flag in enumerate(flags) if flag]
+
+
+def layer_windows(config: ModelConfig) -> list[Int[np.ndarray, "repeats blocks"]] | None:
+    """The sliding window of each layer, for each group of :func:`layer_groups`; None where no layer has one.
+
+    A layer without one gets a window that no sequence fills.
+    """
+    a = config.attention
+    if not a.window:
+        return None
+    layers = [a.window if i in a.window_layers or not a.window_layers else NOWHERE for i in range(config.num_layers)]
+    windows, first = [], 0
+    for pattern, repeats in layer_groups(config):
+        end = first + len(pattern) * repeats
+        windows.append(np.asarray(layers[first:end], np.int32).reshape(repeats, len(pattern)))
+        first = end
+    return windows
 
 
 class BlockGroup(nnx.Module):
@@ -70,7 +115,8 @@ class BlockGroup(nnx.Module):
 
     def __init__(self, config: ModelConfig, pattern: tuple[bool, ...], key: PRNGKeyArray) -> None:
         keys = jax.random.split(key, len(pattern))
-        self.blocks = nnx.List([Block(config, is_moe, k) for is_moe, k in zip(pattern, keys, strict=True)])
+        block = WIRINGS[config.wiring]
+        self.blocks = nnx.List([block(config, is_moe, k) for is_moe, k in zip(pattern, keys, strict=True)])
 
     def __call__(
         self,
@@ -78,13 +124,15 @@ class BlockGroup(nnx.Module):
         tokens: AttentionInput,
         ctx: RouteContext,
         limits: tuple[Limit, ...] | None,
-        caches: tuple[KVCache, ...] | None,
-    ) -> tuple[Array, tuple[LayerReport, ...], tuple[KVCache, ...] | None]:
+        caches: tuple[BlockCache, ...] | None,
+        windows: Int[Array, "blocks"] | None,
+    ) -> tuple[Array, tuple[LayerReport, ...], tuple[BlockCache, ...] | None]:
         reports, new_caches = [], []
         for i, block in enumerate(self.blocks):
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
             block_ctx = dataclasses.replace(ctx, key=key)
-            x, report, c = block(x, tokens, block_ctx, limits, None if caches is None else caches[i])
+            seen = tokens if windows is None else dataclasses.replace(tokens, window=windows[i])
+            x, report, c = block(x, seen, block_ctx, limits, None if caches is None else caches[i])
             if report is not None:
                 reports.append(report)
             if c is not None:
@@ -125,44 +173,48 @@ class Decoder(nnx.Module):
         token_class: TokenClass | None = None,
         train: bool = False,
         record: bool = False,
+        at: Int[Array, "B"] | None = None,
     ) -> ModelOutput:
-        """Logits of the next token at every place.
+        """Logits of the next token at every place, or at one place of each row.
 
         Args:
           tokens: token ids.
           positions: rotary positions; default counts from 0 (from ``cache.length`` with a cache).
           segment_ids: documents; attention stays within one. Not with a cache.
-          mask: real tokens. Padding takes no expert capacity and counts in no metric. Pad on the right.
+          mask: real tokens; padding may stand anywhere. No token sees it, it enters no cache, takes no expert
+            capacity and counts in no metric; a token's default position is the number of real tokens before it.
           cache: from :meth:`init_cache`; the new tokens are appended and the updated cache returned.
           key: for routers or limits that draw at random.
           limits: transforms of every layer's Routing instead of the config's own; None takes those.
           token_class: a class of each token, ``[B, S]``: loads are also summed by class (``metrics.by_class``).
           train: switches on router noise and jitter.
           record: also returns each layer's Routing before and after limits (``docs/traces.md``).
+          at: the only place of each row whose logits are wanted (``[B, 1, V]``); those of a long prompt are large.
         """
         config = self.config
         batch, seq = tokens.shape
-        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
-        index = start[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
-        if positions is None:
-            positions = index
         if cache is not None and segment_ids is not None:
             raise ValueError("a cache holds one document for each row: leave segment_ids out")
-        attention = AttentionInput(positions=positions, index=index, segment_ids=segment_ids)
+        start = None if cache is None else cache.length
+        attention = attention_input(positions, segment_ids, mask, start, tokens.shape)
         ctx = RouteContext(
-            key=key, mask=mask, token_ids=tokens, positions=positions, request_ids=segment_ids,
+            key=key, mask=mask, token_ids=tokens, positions=attention.positions, request_ids=segment_ids,
             token_class=token_class, train=train, record=record,
         )  # fmt: skip
         scale = math.sqrt(config.dim) if config.scale_embeddings else 1.0
         x = (self.embed[...][tokens] * scale).astype(config.compute_dtype)
+        windows = layer_windows(config)
         collected, caches = [], []
         for i, group in enumerate(self.groups):
             group_cache = None if cache is None else cache.layers[i]
+            group_windows = None if windows is None else windows[i]
             group_key = None if key is None else jax.random.fold_in(key, i)
             group_ctx = dataclasses.replace(ctx, key=group_key)
-            x, reports, new_cache = self._run_group(group, x, attention, group_ctx, limits, group_cache)
+            x, reports, new_cache = self._run_group(group, x, attention, group_ctx, limits, group_cache, group_windows)
             collected.append(reports)
             caches.append(new_cache)
+        if at is not None:
+            x = jnp.take_along_axis(x, at[:, None, None], axis=1)
         x = self.final_norm(x)
         table = self.embed if self.unembed is None else self.unembed
         logits = jnp.einsum("bsd,vd->bsv", x, table[...].astype(x.dtype), preferred_element_type=jnp.float32)
@@ -183,37 +235,36 @@ class Decoder(nnx.Module):
         tokens: AttentionInput,
         ctx: RouteContext,
         limits: tuple[Limit, ...] | None,
-        caches: tuple[KVCache, ...] | None,
-    ) -> tuple[Array, tuple[LayerReport, ...], tuple[KVCache, ...] | None]:
+        caches: tuple[BlockCache, ...] | None,
+        windows: Int[np.ndarray, "repeats blocks"] | None,
+    ) -> tuple[Array, tuple[LayerReport, ...], tuple[BlockCache, ...] | None]:
         repeats = jax.tree.leaves(group)[0].shape[0]
 
         def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
-            blocks, i, layer_caches = layer
+            blocks, i, layer_caches, its_windows = layer
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
             layer_ctx = dataclasses.replace(ctx, key=key)
-            x, reports, new_caches = blocks(x, tokens, layer_ctx, limits, layer_caches)
+            x, reports, new_caches = blocks(x, tokens, layer_ctx, limits, layer_caches, its_windows)
             return x, (reports, new_caches)
 
         run = _rematerialised(body, self.config.remat)
         if self.config.layer_loop == "scan" and repeats > 1:
-            x, (reports, caches) = jax.lax.scan(run, x, (group, jnp.arange(repeats), caches))
+            x, (reports, caches) = jax.lax.scan(run, x, (group, jnp.arange(repeats), caches, windows))
             return x, reports, caches
         outs = []
         for i in range(repeats):
-            x, out = run(x, jax.tree.map(lambda leaf, i=i: leaf[i], (group, jnp.arange(repeats), caches)))
+            x, out = run(x, jax.tree.map(lambda leaf, i=i: leaf[i], (group, jnp.arange(repeats), caches, windows)))
             outs.append(out)
         reports, caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
         return x, reports, caches
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
         """An empty cache for ``max_len`` tokens in each of ``batch`` rows. What is appended beyond them is not kept."""
-        a = self.config.attention
-        dtype = dtype or self.config.compute_dtype
-        shape = (batch, max_len, a.num_kv_heads, a.head_dim)
+        config = self.config
         layers = []
-        for pattern, repeats in layer_groups(self.config):
-            empty = KVCache(k=jnp.zeros((repeats, *shape), dtype), v=jnp.zeros((repeats, *shape), dtype))
-            layers.append(tuple(empty for _ in pattern))
+        for pattern, repeats in layer_groups(config):
+            empty = empty_cache(config.attention, (repeats, batch, max_len), dtype or config.compute_dtype)
+            layers.append(tuple((empty, empty) if config.wiring == "longcat" else empty for _ in pattern))
         return Cache(layers=tuple(layers), length=jnp.zeros(batch, jnp.int32))
 
 

@@ -39,8 +39,8 @@ class Router(nnx.Module):
 
     def __init__(self, config: MoEConfig, dim: int, key: PRNGKeyArray, scale: float) -> None:
         self.config = config.router
-        self.family = routing.family(config.router, config.num_experts)
-        specs = self.family.arrays(dim, config.num_experts)
+        self.family = routing.family(config.router, config.num_experts, zero_experts=config.zero_experts)
+        specs = routing.router_arrays(config.router, dim, config.num_experts + config.zero_experts)
         keys = jax.random.split(key, len(specs))
         self.arrays = nnx.Dict({n: create(s, k, scale) for (n, s), k in zip(sorted(specs.items()), keys, strict=True)})
 
@@ -58,9 +58,11 @@ class MoELayer(nnx.Module):
         self.config = config
         self.activation: Activation = activation
         self.router = Router(config, dim, keys[0], scale)
-        self.store = experts.DeviceStore(config.num_experts, dim, config.expert_dim, activation, keys[1], scale)
+        self.store = experts.DeviceStore(
+            config.num_experts, dim, config.expert_dim, activation, keys[1], scale, config.expert_bias
+        )
         self.transforms: tuple[ExpertTransform, ...] = ()
-        width = config.shared_experts * config.expert_dim
+        width = shared_width(config)
         gated = config.shared_experts and config.shared_gate == "sigmoid"
         self.shared = experts.DenseFFN(dim, width, activation, keys[2], scale) if width else None
         self.shared_gate = (
@@ -80,6 +82,7 @@ class MoELayer(nnx.Module):
         chosen = config_limits(self.config) if extra_limits is None else extra_limits
         in_force, transforms = chosen, self.transforms
         router, fam, backend = self.router.config, self.router.family, self.config.dispatcher
+        zero_experts = self.config.zero_experts
         tokens = dataclasses.replace(ctx, key=None, loads=None, local_experts=None)
 
         def on_shard(z: Array, tokens: RouteContext, whole: tuple) -> tuple[InFlight, Routing]:
@@ -90,7 +93,7 @@ class MoELayer(nnx.Module):
             flat = jax.tree.map(lambda leaf: leaf.reshape(-1), tokens)
             local = dataclasses.replace(flat, key=key, loads=loads)
             with jax.named_scope("route"):
-                made = fam.route(x, weights, local, router)
+                made = dataclasses.replace(fam.route(x, weights, local, router), zero_experts=zero_experts)
             with jax.named_scope("limit"):
                 kept = limits.apply(in_force, made, local)
             record = RoutingRecord(made, kept, _key_data(key)) if local.record else None
@@ -99,9 +102,14 @@ class MoELayer(nnx.Module):
             with jax.named_scope("dispatch"):
                 plan = dispatch.PLANS[backend](kept, x.shape[0])
                 xs = dispatch.dispatch(x, plan, backend=backend)
-            metrics = summarise(made, kept, local, plan.overflow)
             flight = InFlight(
-                xs=xs, plan=plan, weight=kept.weight, metrics=metrics, record=record, num_tokens=x.shape[0]
+                xs=xs,
+                plan=plan,
+                weight=kept.weight,
+                metrics=summarise(made, kept, local, plan.overflow),
+                record=record,
+                unchanged=dispatch.unchanged(x, kept),
+                num_tokens=x.shape[0],
             )
             return flight, kept
 
@@ -130,13 +138,16 @@ class MoELayer(nnx.Module):
         """Combines the experts' outputs into ``shape`` and sums the metrics over devices."""
         backend = self.config.dispatcher
 
-        def on_shard(ys: Array, weight: Array, plan: dispatch.DispatchPlan, whole: None) -> Array:
+        def on_shard(
+            ys: Array, weight: Array, plan: dispatch.DispatchPlan, unchanged: Array | None, whole: None
+        ) -> Array:
             del whole
             plan = jax.tree.map(lambda leaf: leaf[0], plan)
             with jax.named_scope("combine"):
-                return dispatch.combine(ys[0], weight[0], plan, flight.num_tokens, backend=backend)
+                y = dispatch.combine(ys[0], weight[0], plan, flight.num_tokens, backend=backend)
+                return y if unchanged is None else (y + unchanged[0]).astype(y.dtype)
 
-        y = dispatch.per_shard(on_shard, (flight.xs, flight.weight, flight.plan), None)
+        y = dispatch.per_shard(on_shard, (flight.xs, flight.weight, flight.plan, flight.unchanged), None)
         return y.reshape(shape), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), flight.metrics)
 
     def shared_output(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"] | None:
@@ -158,10 +169,18 @@ class MoELayer(nnx.Module):
         self, x: Float[Array, "B S D"], ctx: RouteContext, extra_limits: tuple[Limit, ...] | None = None
     ) -> tuple[Float[Array, "B S D"], LayerReport]:
         """The layer's output, with its record beside the metrics where ``ctx.record`` asks for one."""
-        flight = self.begin(x, ctx, extra_limits)
+        return self.complete(self.begin(x, ctx, extra_limits), x)
+
+    def complete(self, flight: InFlight, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], LayerReport]:
+        """What is left to do after ``begin(x, ...)``, at once: ``compute``, ``finish`` and the shared experts."""
         y, metrics = self.finish(self.compute(flight), x.shape)
         shared = self.shared_output(x)
         return (y if shared is None else y + shared), LayerReport(metrics, flight.record)
+
+
+def shared_width(config: MoEConfig) -> int:
+    """Hidden width of the shared experts' FFN; 0 without shared experts."""
+    return config.shared_dim or config.shared_experts * config.expert_dim
 
 
 def config_limits(config: MoEConfig) -> tuple[Limit, ...]:
@@ -177,10 +196,11 @@ def _key_data(key: PRNGKeyArray | None) -> Array | None:
 
 def summarise(made: Routing, kept: Routing, ctx: RouteContext, overflow: Array) -> MoEMetrics:
     """What the router made and what is left of it, as sums over this shard's tokens."""
-    num_tokens, num_experts = made.probs.shape
+    num_tokens, num_choices = made.probs.shape
+    num_experts = num_choices - made.zero_experts
     mask = routing.token_mask(ctx, num_tokens)
     real = mask.astype(jnp.float32)
-    routed = per_expert(made, made.valid.astype(jnp.float32), num_experts)
+    pairs = per_expert(made, made.valid.astype(jnp.float32), num_choices)
     # A remap may split a pair into P pieces and renumber experts; loads are reported per expert in force.
     computed = per_expert(kept, kept.valid.astype(jnp.float32), num_experts)
     shared_width = min(made.valid.shape[1], kept.valid.shape[1])
@@ -195,21 +215,22 @@ def summarise(made: Routing, kept: Routing, ctx: RouteContext, overflow: Array) 
     normal = made.probs / jnp.maximum(jnp.sum(made.probs, axis=-1, keepdims=True), 1e-20)
     entropy = -jnp.sum(jax.scipy.special.xlogy(normal, normal), axis=-1)
     z = jax.scipy.special.logsumexp(made.logits, axis=-1) ** 2
-    load_prob_sum = routed if made.load_prob is None else jnp.sum(made.load_prob * real[:, None], axis=0)
+    load_prob_sum = pairs if made.load_prob is None else jnp.sum(made.load_prob * real[:, None], axis=0)
     return MoEMetrics(
         tokens=jnp.sum(real),
-        routed=routed,
+        routed=pairs[:num_experts],
         computed=computed,
         dropped=jnp.sum(lost, dtype=jnp.float32),
         added=added,
         overflow=overflow.astype(jnp.float32),
         lost_tokens=jnp.sum(jnp.where(pairs_of_token > 0, 0.0, real)),
         prob_sum=jnp.sum(normal * real[:, None], axis=0),
-        gate_sum=per_expert(made, jnp.where(made.valid, made.weight, 0.0), num_experts),
+        gate_sum=per_expert(made, jnp.where(made.valid, made.weight, 0.0), num_choices),
         load_prob_sum=load_prob_sum,
         z_sum=jnp.sum(z * real),
         entropy_sum=jnp.sum(jax.lax.stop_gradient(entropy) * real),
         by_class=None if ctx.token_class is None else _by_class(made, lost, real, entropy, ctx.token_class),
+        zero_routed=pairs[num_experts:] if made.zero_experts else None,
     )
 
 
@@ -217,7 +238,8 @@ def _by_class(made: Routing, lost: Array, real: Array, entropy: Array, classes: 
     """Sums of each class's tokens. A product with 0s and 1s at full precision: counts stay whole numbers."""
     one_hot = (classes.id[:, None] == jnp.arange(classes.count)) * real[:, None]  # [T, C]; padding is in no class
     of_row = one_hot if made.token is None else one_hot[made.token]  # [R, C]
-    hit = made.expert[..., None] == jnp.arange(made.probs.shape[1], dtype=made.expert.dtype)
+    num_experts = made.probs.shape[1] - made.zero_experts
+    hit = made.expert[..., None] == jnp.arange(num_experts, dtype=made.expert.dtype)
     pairs = jnp.sum(hit & made.valid[..., None], axis=1, dtype=jnp.float32)  # [R, E]
     return ClassSums(
         tokens=jnp.sum(one_hot, axis=0),

@@ -49,10 +49,16 @@ def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
       ConfigError: another number of experts, a router that a trace cannot feed, ranks that do not divide the batch, or
         a limit that draws at random where no key was recorded.
     """
-    if moe.num_experts != trace.num_experts:
+    for name in ("num_experts", "zero_experts"):
+        if (asked := getattr(moe, name)) != (recorded := trace.meta.get(name, 0)):
+            raise ConfigError(
+                f"model.moe.{name}={asked}, but {trace.path} was recorded with {recorded}: give the run's own config, "
+                "or leave --config out"
+            )
+    if moe.router.bias != trace.router.bias:
         raise ConfigError(
-            f"model.moe.num_experts={moe.num_experts}, but {trace.path} was recorded with {trace.num_experts}: "
-            "give the run's own config, or leave --config out"
+            f"router.bias={moe.router.bias}, but {trace.path} was recorded with {trace.router.bias}: a trace's logits "
+            "hold the bias, and it can be neither added nor taken away; give the run's own config"
         )
     ranks = ranks or trace.ranks
     rows = trace.meta["batch_shape"][0]
@@ -75,15 +81,17 @@ def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
 
 def check_router(config: RouterConfig, trace: Trace) -> None:
     """Raises ConfigError, with the router's name, where it cannot be replayed from ``trace``."""
-    family = routing.family(config, trace.num_experts, causal_model=False)
+    free = trace.meta.get("zero_experts", 0)
+    family = routing.family(config, trace.num_experts, zero_experts=free, causal_model=False)
     if not trace.meta["logits"]:
         raise ConfigError(
             f"router.name={config.name!r} differs from the recorded {trace.router.name!r} with k={trace.router.k}, and "
             f"{trace.path} holds no logits to route anew from: record it with --logits"
         )
-    spare = jnp.zeros((2 * trace.num_experts, trace.num_experts), jnp.float32)
+    choices = trace.num_experts + free
+    spare = jnp.zeros((2 * choices, choices), jnp.float32)
     state = {name: jnp.asarray(array[0]) for name, array in trace.state.items()}
-    jax.eval_shape(lambda x: family.route(x, _Weights(config.name, x, state), RouteContext(), config), spare)
+    jax.eval_shape(lambda x: family.route(x, _Weights(config.name, x, state), RouteContext(), _fed(config)), spare)
 
 
 class _Weights(Mapping):
@@ -107,6 +115,11 @@ class _Weights(Mapping):
         return len(self._arrays)
 
 
+def _fed(config: RouterConfig) -> RouterConfig:
+    """For a router that is fed logits: they hold the bias already."""
+    return dataclasses.replace(config, bias=False)
+
+
 @functools.partial(jax.jit, static_argnames=("router",))
 def _decide(
     made: Routing,
@@ -125,7 +138,8 @@ def _decide(
         )  # fmt: skip
         fed = made.logits
         if router is not None:
-            made = routing.FAMILIES[router.name].route(fed, _Weights(router.name, fed, state), ctx, router)
+            table = routing.FAMILIES[router.name].route(fed, _Weights(router.name, fed, state), ctx, _fed(router))
+            made = dataclasses.replace(table, zero_experts=made.zero_experts)
         kept = limits.apply(in_force, made, ctx)
         same = jnp.all(made.logits == fed) if router is not None else jnp.bool_(True)
         return made, kept, summarise(made, kept, ctx, jnp.int32(0)), same
@@ -253,8 +267,8 @@ def lru(chunks: Iterable[Chunk], num_experts: int, sizes: Sequence[int]) -> dict
 
 
 def _accesses(kept: Routing) -> tuple[np.ndarray, np.ndarray]:
-    """Experts and validity of all pairs in order of tokens, ``[L, G, R K]``."""
-    expert, valid = np.asarray(kept.expert), np.asarray(kept.valid)
+    """Experts of all pairs in order of tokens, ``[L, G, R K]``, and which of them need their weights."""
+    expert, valid = np.asarray(kept.expert), np.asarray(routing.computing(kept))
     if kept.token is not None:
         order = np.argsort(np.asarray(kept.token), axis=-1, kind="stable")[..., None]
         expert, valid = np.take_along_axis(expert, order, axis=-2), np.take_along_axis(valid, order, axis=-2)

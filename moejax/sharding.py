@@ -69,6 +69,8 @@ class Rules:
     kv_heads: str | None = "model"
     vocab: str | None = None
     head_dim: str | None = None
+    latent: str | None = None
+    """Low ranks of latent attention."""
     router: str | None = None
     """The router's expert axis: every rank needs all logits."""
     layers: str | None = None

@@ -132,9 +132,9 @@ def header(
     moe = config.model.moe
     return {
         "schema": SCHEMA, "version": VERSION, "config": to_dict(config), "config_hash": config_hash(config),
-        "layers": moe_layer_ids(config.model), "num_experts": moe.num_experts, "router": to_dict(moe.router),
-        "limits": describe_limits(limits), "ranks": ranks, "batch_shape": list(batch_shape), "dtype": dtype,
-        "logits": logits, "key_impl": str(jax.config.jax_default_prng_impl), **facts,
+        "layers": moe_layer_ids(config.model), "num_experts": moe.num_experts, "zero_experts": moe.zero_experts,
+        "router": to_dict(moe.router), "limits": describe_limits(limits), "ranks": ranks, "dtype": dtype,
+        "batch_shape": list(batch_shape), "logits": logits, "key_impl": str(jax.config.jax_default_prng_impl), **facts,
     }  # fmt: skip
 
 
@@ -210,7 +210,7 @@ class TraceWriter:
         before = np.zeros(kept.valid.shape, bool)
         before[..., :width] = made.valid
         arrays: dict[str, Any] = {
-            "expert": kept.expert.astype(np.int16 if self.meta["num_experts"] < 1 << 15 else np.int32),
+            "expert": kept.expert.astype(np.int16 if made.probs.shape[-1] < 1 << 15 else np.int32),
             "weight": kept.weight, "score": kept.score, "made": before, "valid": kept.valid,
             "probs": made.probs.astype(self.meta["dtype"]), **chunk.tokens,
         }  # fmt: skip
@@ -313,6 +313,7 @@ class Trace:
 
     @property
     def num_experts(self) -> int:
+        """Those that compute; the ids behind them are of ``meta["zero_experts"]`` zero-computation experts."""
         return self.meta["num_experts"]
 
     @property
@@ -356,6 +357,7 @@ class Trace:
         whole["expert"] = get("expert").astype(np.int32)
         first = {name: array[..., : self.meta["choices"]] for name, array in whole.items()}
         both: dict[str, Any] = {"probs": probs, "logits": logits, "token": optional("token")}
+        both["zero_experts"] = self.meta.get("zero_experts", 0)
         made = Routing(**first, **both, valid=get("made")[..., : self.meta["choices"]])
         kept = Routing(**whole, **both, valid=get("valid"))
         return Chunk(made, kept, {name: get(name) for name in TOKEN_ARRAYS}, optional("key"))

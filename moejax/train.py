@@ -72,11 +72,11 @@ def optimizer(config: TrainConfig, params: nnx.State) -> optax.GradientTransform
     """AdamW with clipping by global norm; weight decay on matrices only.
 
     A matrix has two or more *logical* axes, as stacking layers adds one; heads and their width are one (a bias of
-    queries is a vector).
+    queries is a vector), and so has each expert its own.
     """
 
     def is_matrix(variable: nnx.Variable) -> nnx.Variable:
-        axes = [axis for axis in variable.get_metadata()["axes"] if axis != "head_dim"]
+        axes = [axis for axis in variable.get_metadata()["axes"] if axis not in ("head_dim", "experts")]
         return variable.replace(len(axes) >= 2)
 
     decayed = jax.tree.map(is_matrix, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
@@ -237,22 +237,23 @@ class Trainer:
         """Applies the router family's own update rule to each layer's state, from the step's global counts."""
         from moejax.routing import FAMILIES  # the registry may have grown since import
 
-        router = self.config.model.moe.router
+        router, experts = self.config.model.moe.router, self.config.model.moe.num_experts
         update = FAMILIES[router.name].update
         if update is None or moe is None:
             return router_state
+        pairs = losses.pairs_by_id(moe)
         flat = dict(nnx.to_flat_state(router_state))
         first = 0
         for g, (pattern, repeats) in enumerate(layer_groups(self.config.model)):
             width = sum(pattern)
-            routed = moe.routed[first : first + width * repeats].reshape(repeats, width, moe.routed.shape[-1])
+            routed = pairs[first : first + width * repeats].reshape(repeats, width, pairs.shape[-1])
             first += width * repeats
             places = [b for b, is_moe in enumerate(pattern) if is_moe]
             for slot, b in enumerate(places):
                 stem = ("groups", g, "blocks", b, "moe", "router", "arrays")
                 names = [str(path[-1]) for path in flat if path[:-1] == stem]
                 old = {n: flat[(*stem, n)][...] for n in names}
-                new = jax.vmap(lambda state, counts: update(state, counts, router))(old, routed[:, slot])
+                new = jax.vmap(lambda state, counts: update(state, counts, router, experts))(old, routed[:, slot])
                 flat.update({(*stem, n): flat[(*stem, n)].replace(value) for n, value in new.items()})
         return nnx.from_flat_state(flat)
 

@@ -45,7 +45,7 @@ class Routing:
     """
 
     expert: Int[Array, "R K"]
-    """Expert of each pair, in ``[0, E)``."""
+    """Expert of each pair, in ``[0, E)``: the last ``zero_experts`` ids are those without a computation."""
     weight: Float[Array, "R K"]
     """What combine multiplies the expert's output by (float32)."""
     score: Float[Array, "R K"]
@@ -61,6 +61,9 @@ class Routing:
     load_prob: Float[Array, "T E"] | None = None
     """Probability that a fresh draw of the noise would select the expert (Shazeer's smooth load); None without
     noise."""
+    zero_experts: int = static(0)
+    """Zero-computation experts (LongCat): their pairs return the token times the weight. They take no row, no limit
+    drops them, and a limit's mean load is that of the other experts."""
 
 
 @pytree
@@ -124,7 +127,7 @@ class DispatchPlan:
     pair_of_row: Int[Array, "P"]
     """Flat pair (``r * K + k``) of each row; ``R * K`` (out of bounds) for rows that hold no pair."""
     group_sizes: Int[Array, "E"]
-    """Rows of each expert. Rows are ordered by expert, then by pair."""
+    """Rows of each expert that computes. Rows are ordered by expert, then by pair."""
     token: Int[Array, "R"] | None
     """As in :class:`Routing`."""
     overflow: Int[Array, ""]
@@ -163,7 +166,7 @@ class MoEMetrics:
     tokens: Float[Array, ""]
     """Real tokens."""
     routed: Float[Array, "E"]
-    """Pairs that the router made for each expert, before limits."""
+    """Pairs that the router made for each expert that computes, before limits."""
     computed: Float[Array, "E"]
     """Pairs that were dispatched for each expert, after limits."""
     dropped: Float[Array, ""]
@@ -174,18 +177,20 @@ class MoEMetrics:
     """Pairs lost because a static buffer was too small. Zero in every published row."""
     lost_tokens: Float[Array, ""]
     """Real tokens with no pair left: they pass through the residual and the shared experts only."""
-    prob_sum: Float[Array, "E"]
-    """Sum over tokens of the router's probability of each expert."""
-    gate_sum: Float[Array, "E"]
+    prob_sum: Float[Array, "E'"]
+    """Sum over tokens of the router's probability of each expert. ``E'`` counts zero-computation experts too."""
+    gate_sum: Float[Array, "E'"]
     """Sum over tokens of the gate weight given to each expert (Shazeer's importance)."""
-    load_prob_sum: Float[Array, "E"]
-    """Sum over tokens of the smooth load; equal to ``routed`` for routers without noise."""
+    load_prob_sum: Float[Array, "E'"]
+    """Sum over tokens of the smooth load; for routers without noise the pairs that the router made."""
     z_sum: Float[Array, ""]
     """Sum over tokens of ``logsumexp(logits)^2``."""
     entropy_sum: Float[Array, ""]
     """Sum over tokens of the entropy of the router's normalised probabilities, in nats."""
     by_class: ClassSums | None = None
     """Some of these sums by token class, where the context names classes. They add up to the fields above."""
+    zero_routed: Float[Array, "Z"] | None = None
+    """Pairs of each zero-computation expert; None where the layer has none. They are in no other count of pairs."""
 
 
 @pytree
@@ -220,6 +225,8 @@ class InFlight:
     weight: Float[Array, "R K"]
     metrics: MoEMetrics
     record: RoutingRecord | None = None
+    unchanged: Float[Array, "T D"] | None = None
+    """What the zero-computation experts return, already weighted (float32); None where the layer has none."""
     num_tokens: int = static(0)
 
 

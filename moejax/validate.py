@@ -4,12 +4,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from moejax import losses, routing
+from moejax import attention, losses, routing
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
 from moejax.dispatch import PLANS
+from moejax.model import moe_layer_ids
 
 AT_LEAST = {
-    "train.steps": 1, "train.batch_size": 1, "train.accumulate": 1, "train.log_every": 1, "train.eval_every": 1,
+    "train.steps": 0, "train.batch_size": 1, "train.accumulate": 1, "train.log_every": 1, "train.eval_every": 1,
     "train.checkpoint_every": 1, "train.keep_checkpoints": 1, "train.weight_decay": 0, "train.final_fraction": 0,
     "eval.batch_size": 1, "eval.max_tokens": 0, "eval.final_max_tokens": 0, "eval.task_limit": 0,
     "watch.dead_experts": 0, "watch.min_load_entropy": 0, "watch.max_busiest": 0, "watch.min_router_entropy": 0,
@@ -20,6 +21,7 @@ MODEL_AT_LEAST = {
     "vocab_size": 0, "num_layers": 1, "dim": 1, "ffn_dim": 1, "logit_softcap": 0, "init_scale": 0,
     "attention.num_heads": 1, "attention.num_kv_heads": 1, "attention.head_dim": 1,
     "moe.first_dense": 0, "moe.every": 1, "moe.shared_experts": 0, "moe.capacity_factor": 0, "moe.router.jitter": 0,
+    "moe.shared_dim": 0, "moe.zero_experts": 0,
 }  # fmt: skip
 
 
@@ -42,7 +44,13 @@ def check(config: ExperimentConfig) -> None:
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
             "choose a divisor"
         )
-    if not 0 <= train.warmup_steps < max(train.steps, 1):
+    if train.steps == 0 and not config.init_from:
+        raise ConfigError("train.steps=0 evaluates weights as they are: name them with init_from=DIR, or train")
+    if train.steps == 0 and len(config.table.seeds) > 1:
+        raise ConfigError(
+            f"table.seeds={config.table.seeds} are training seeds, and train.steps=0 trains nothing: set table.seeds=()"
+        )
+    if train.steps and not 0 <= train.warmup_steps < train.steps:
         raise ConfigError(f"train.warmup_steps={train.warmup_steps} must lie in [0, train.steps={train.steps})")
     if config.data.source == "files" and not config.data.domains:
         raise ConfigError("data.source='files' needs data.domains={name: {train: PATH, valid: PATH}}")
@@ -65,26 +73,40 @@ def _ranges(config: Any, least: Mapping[str, int], prefix: str) -> None:
 
 
 def has_experts(config: ModelConfig) -> bool:
-    return config.moe.first_dense + config.moe.every <= config.num_layers
+    return bool(moe_layer_ids(config))
+
+
+def _check_placement(config: ModelConfig) -> None:
+    moe, layers = config.moe, config.num_layers
+    outside = [i for i in moe.dense_layers if not 0 <= i < layers]
+    if outside or len(set(moe.dense_layers)) != len(moe.dense_layers):
+        raise ConfigError(
+            f"moe.dense_layers={moe.dense_layers}: must name layers once each, in [0, num_layers={layers})"
+            + (f"; {outside[0]} is none of them" if outside else "")
+        )
+    if config.wiring == "longcat" and (moe.first_dense or moe.every != 1 or moe.dense_layers):
+        raise ConfigError(
+            f"model.wiring='longcat' has experts in every block, but moe.first_dense={moe.first_dense}, "
+            f"moe.every={moe.every}, moe.dense_layers={moe.dense_layers}: set them to 0, 1 and (), or wiring='standard'"
+        )
 
 
 def check_model(config: ModelConfig) -> None:
-    attention = config.attention
     _ranges(config, MODEL_AT_LEAST, "model.")
-    if attention.num_heads % attention.num_kv_heads:
-        raise ConfigError(
-            f"attention.num_heads={attention.num_heads} is not a multiple of num_kv_heads={attention.num_kv_heads}: "
-            "every key/value head serves the same number of query heads"
-        )
-    if attention.head_dim % 2:
-        raise ConfigError(f"attention.head_dim={attention.head_dim} is odd: rotary positions rotate halves")
+    attention.check(config)
     moe = config.moe
+    _check_placement(config)
     if not has_experts(config):
         return
     for name in ("num_experts", "expert_dim"):
         if getattr(moe, name) < 1:
             raise ConfigError(f"moe.{name}={getattr(moe, name)}: must be 1 or more")
-    routing.family(moe.router, moe.num_experts)
+    routing.family(moe.router, moe.num_experts, zero_experts=moe.zero_experts)
+    if moe.shared_dim and not moe.shared_experts:
+        raise ConfigError(
+            f"moe.shared_dim={moe.shared_dim} is the width of shared experts, but moe.shared_experts=0: set that to 1 "
+            "or more, or leave shared_dim at 0"
+        )
     losses.check(moe)
     if moe.dispatcher not in PLANS:
         raise ConfigError(f"moe.dispatcher={moe.dispatcher!r}: choose one of {', '.join(sorted(PLANS))}")

@@ -56,8 +56,8 @@ class Rule:
     """``(value of the worst layer, experts) ->`` the fact, as a sentence without its end."""
 
 
-def rules(config: WatchConfig) -> list[Rule]:
-    """The rules that ``config`` switches on."""
+def rules(config: WatchConfig, choices: int) -> list[Rule]:
+    """The rules that ``config`` switches on, for routers that choose among ``choices`` ids."""
     found = []
     if config.dead_experts:
         found.append(Rule(
@@ -84,9 +84,9 @@ def rules(config: WatchConfig) -> list[Rule]:
     if config.min_router_entropy:
         found.append(Rule(
             "router entropy", config.min_router_entropy,
-            lambda f, experts: f["entropy"] / math.log(experts),
+            lambda f, experts: f["entropy"] / math.log(choices),
             lambda v: config.min_router_entropy / np.maximum(v, config.min_router_entropy / FULL),
-            lambda v, experts: f"router entropy down to {v:.1%} of ln {experts}: its softmax is saturated",
+            lambda v, experts: f"router entropy down to {v:.1%} of ln {choices}: its softmax is saturated",
         ))  # fmt: skip
     return found
 
@@ -96,14 +96,17 @@ class LoadWatch:
 
     Args:
       config: bounds.
-      experts: in each layer; with one expert nothing can be uneven.
+      experts: in each layer, that compute; with one expert nothing can be uneven.
       layers: indices of the MoE layers.
       begin: windows that hold an earlier step are not judged.
+      zero_experts: zero-computation experts beside them, which the router's entropy is over too.
     """
 
-    def __init__(self, config: WatchConfig, experts: int, layers: list[int], begin: int = 0) -> None:
+    def __init__(
+        self, config: WatchConfig, experts: int, layers: list[int], begin: int = 0, zero_experts: int = 0
+    ) -> None:
         self.config, self.experts, self.layers, self.begin = config, experts, layers, begin
-        self.rules = rules(config) if experts > 1 and layers else []
+        self.rules = rules(config, experts + zero_experts) if experts > 1 and layers else []
         self._window: Window | None = None
         self._bad: dict[str, dict[int, float]] = {rule.name: {} for rule in self.rules}  # layer -> badness said
         self._since: dict[str, int] = {}

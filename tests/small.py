@@ -24,10 +24,17 @@ from moejax.config import (
 from moejax.train import Trainer, TrainState
 
 LAB = ("olmoe_like", "mixtral_like", "qwen_like", "deepseek_like")
+ZOO = (
+    "mixtral_8x7b", "mixtral_8x22b", "olmoe_1b_7b", "deepseek_moe_2b", "deepseek_moe_16b", "deepseek_moe_145b",
+    "deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "qwen15_moe_a27b", "qwen2_57b_a14b", "qwen3_30b_a3b",
+    "qwen3_235b_a22b", "gpt_oss_20b", "gpt_oss_120b", "longcat_flash",
+)  # fmt: skip
+MODELS = {f"configs.models.{name}": ("full", "tiny") for name in ZOO}
 FILES = {
     "configs.quickstart": ("full", "short"),
     **{f"configs.lab.{name}": ("tiny", "h100") for name in LAB},
     "configs.papers.capacity_aware": ("tiny", "h100", "paper"),
+    **MODELS,
 }
 VARIANTS = [(module, variant) for module, variants in FILES.items() for variant in variants]
 VOCAB = 64

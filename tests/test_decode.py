@@ -10,18 +10,28 @@ import pytest
 from moejax import decode
 from moejax.decode import generate, greedy, sampled
 from tests import moe_fakes as fakes
+from tests.attention_fakes import LATENT
 
 PROMPTS = [fakes.tokens(1, 6)[0], fakes.tokens(1, 2, seed=1)[0], fakes.tokens(1, 4, seed=2)[0]]
 NEW = 5
 
 
+KINDS = {
+    "window and sinks": {"attention": {"sinks": True, "window": 4, "window_layers": (0,)}, "moe": {"first_dense": 2}},
+    "latent": {"attention": LATENT | {"query_rank": 6, "window": 6}, "moe": {"first_dense": 2}},
+}
+
+
 @functools.cache
-def model():
+def model(kind="plain"):
+    """Longcat's two caches: tests/test_blocks.py."""
+    if kind in KINDS:
+        return fakes.small_model(tie_embeddings=False, **KINDS[kind])
     return fakes.small_model(num_layers=1, tie_embeddings=False, moe={"shared_experts": 1})
 
 
 @functools.cache
-def by_full_forwards():
+def by_full_forwards(kind="plain"):
     """Argmax after each row's last token, then the row again with that token, without a cache."""
     run = fakes.jit(lambda model, tokens, mask: model(tokens, mask=mask).logits)
     rows, width = [list(p) for p in PROMPTS], max(map(len, PROMPTS)) + NEW
@@ -29,14 +39,14 @@ def by_full_forwards():
         tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
         for i, row in enumerate(rows):
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
-        out = np.asarray(run(model(), jnp.asarray(tokens), jnp.asarray(mask)))
+        out = np.asarray(run(model(kind), jnp.asarray(tokens), jnp.asarray(mask)))
         for i, row in enumerate(rows):
             row.append(int(out[i, len(row) - 1].argmax()))
     return [row[-NEW:] for row in rows]
 
 
-def run(**more):
-    return np.asarray(list(generate(model(), PROMPTS, NEW, **more))).T.tolist()
+def run(kind="plain", **more):
+    return np.asarray(list(generate(model(kind), PROMPTS, NEW, **more))).T.tolist()
 
 
 def test_greedy_equals_repeated_full_forwards_for_prompts_of_any_length():
@@ -44,6 +54,29 @@ def test_greedy_equals_repeated_full_forwards_for_prompts_of_any_length():
     assert len({tuple(row) for row in expected}) == len(PROMPTS)  # rows differ, and so do tokens
     assert len({token for row in expected for token in row}) > 3
     assert run() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_attention_generates_with_its_cache_what_it_does_without(kind):
+    expected = by_full_forwards(kind)
+    assert len({token for row in expected for token in row}) > 3
+    assert run(kind) == expected
+
+
+def test_prompts_padded_on_the_left_are_continued_alike():
+    length = max(map(len, PROMPTS))
+    logits = []
+    for side in ("right", "left"):
+        tokens, mask = np.zeros((len(PROMPTS), length), np.int32), np.zeros((len(PROMPTS), length), bool)
+        for row, prompt in enumerate(PROMPTS):
+            places = slice(None, len(prompt)) if side == "right" else slice(-len(prompt), None)
+            tokens[row, places], mask[row, places] = prompt, True
+        cache = model().init_cache(len(PROMPTS), length + NEW)
+        last, cache = decode.forward_cached(model(), jnp.asarray(tokens), jnp.asarray(mask), cache)
+        np.testing.assert_array_equal(cache.length, [len(p) for p in PROMPTS])
+        logits.append(last)
+    np.testing.assert_array_equal(logits[0].argmax(-1), [row[0] for row in by_full_forwards()])
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -77,16 +110,32 @@ def test_generation_stops_when_every_row_has_met_the_stop_token():
         first = [list(row).index(stop) if stop in row else NEW for row in expected]
         steps = min(NEW, max(first) + 1)
         assert run(stop_id=stop) == expected[:, :steps].tolist()
-    scripted = iter([[7, 1, 1], [2, 7, 1], [3, 3, 7], [4, 4, 4]])
-    out = run(sampler=lambda logits, key: jnp.asarray(next(scripted)), stop_id=7)
-    assert np.asarray(out).shape == (3, 3)  # row 0 stopped first, and goes on until all have
 
 
-def test_no_forward_pass_is_made_for_tokens_that_nobody_asked_for(monkeypatch):
-    calls, plain = [], decode.forward_cached
-    monkeypatch.setattr(decode, "forward_cached", lambda *a: calls.append(a[1].shape) or plain(*a))
-    run()
-    assert calls == [(3, 6)] + [(3, 1)] * (NEW - 1)
+def scripted(monkeypatch: pytest.MonkeyPatch, rows: list[list[int]], stops: int | tuple[int, ...] | None) -> list:
+    """What is generated where the model's tokens are those of ``rows``, whatever it computes."""
+    later = [*rows[1:], *([rows[-1]] * 8)]
+    monkeypatch.setattr(decode, "extend", lambda model, token, cache, *rest: (jnp.asarray(later), cache))
+    first = lambda z, key: jnp.asarray(rows[0])  # noqa: E731
+    return list(generate(model(), PROMPTS, 4, sampler=first, stop_id=stops))
+
+
+@pytest.mark.parametrize(("stops", "steps"), [((7, 9), 3), (7, 4), ((8,), 4), ((), 4), (None, 4), (9, 4)])
+def test_generation_stops_at_any_of_several_tokens(monkeypatch: pytest.MonkeyPatch, stops, steps: int):
+    """Rows that have stopped go on until all have."""
+    made = scripted(monkeypatch, [[7, 1, 1], [2, 9, 1], [3, 3, 7], [4, 4, 4]], stops)
+    assert np.asarray(made).tolist() == [[7, 1, 1], [2, 9, 1], [3, 3, 7], [4, 4, 4]][:steps]
+
+
+def test_tokens_are_made_several_at_a_time_and_no_call_follows_the_last(monkeypatch: pytest.MonkeyPatch):
+    calls, first, more = [], decode.forward_cached, decode.extend
+    monkeypatch.setattr(decode, "forward_cached", lambda *a: calls.append(a[1].shape) or first(*a))
+    monkeypatch.setattr(decode, "extend", lambda *a: calls.append((int(a[4]), a[-1])) or more(*a))
+    whole = run()
+    assert calls == [(3, 6), (1, 8)] and NEW < 9
+    calls.clear()
+    assert run(at_a_time=2) == whole
+    assert calls == [(3, 6), *((i, 2) for i in range(1, NEW, 2))]
 
 
 def test_calls_that_cannot_work_are_refused():

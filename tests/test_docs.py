@@ -21,7 +21,7 @@ from moejax import dispatch, routing
 from moejax.config import ConfigError, ExperimentConfig, RouterConfig
 from moejax.report import results_markdown
 from moejax.results import read_rows
-from tests import moe_fakes
+from tests import goldens, moe_fakes
 from tests import test_losses as loss_laws
 from tests import test_routing as router_laws
 
@@ -167,9 +167,14 @@ def dry_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.parametrize("arguments", RUNS)
 def test_run_commands_pass_every_check(
-    arguments: list[str], top_p: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    top_p: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    code = dry_run(arguments, monkeypatch)
+    published = goldens.unpack("olmoe-base", tmp_path / "published")  # what FOLDER stands for
+    code = dry_run([argument.replace("FOLDER", str(published)) for argument in arguments], monkeypatch)
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     assert re.search(r"^parameters [\d,]+ total", out, re.MULTILINE)
@@ -259,8 +264,8 @@ ROUTER, TEST, *_ = blocks(ADD_A_ROUTER, "python")
 
 @pytest.fixture
 def top_p() -> Iterator[None]:
-    """The page's router, as if pasted at the end of ``moejax/routing.py``."""
-    exec(compile(ROUTER, "docs/add_a_router.md", "exec"), dict(vars(routing)))
+    """The page's router, as if pasted at the end of ``moejax/routing/families.py``."""
+    exec(compile(ROUTER, "docs/add_a_router.md", "exec"), dict(vars(routing.families)))
     yield
     del routing.FAMILIES["top_p"]
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CHAIN = (
     ("types",),
     ("config", "sharding"),
-    ("routing", "losses", "limits", "partition"),
-    ("dispatch", "experts"),
+    ("routing", "losses", "limits", "partition", "norm", "rope"),
+    ("dispatch", "experts", "attention"),
     ("moe",),
     ("blocks",),
     ("model",),
@@ -23,6 +23,7 @@ CHAIN = (
         "offload",
         "checkpoint",
         "importers",
+        "pretrained",
         "train",
         "trace",
         "replay",

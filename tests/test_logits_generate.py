@@ -197,7 +197,7 @@ def test_characters_are_printed_whole(model: Decoder, monkeypatch: pytest.Monkey
     asked = say_these(monkeypatch, list("a€é".encode()))
     assert list(generate.stream(model, tokenizer, "x", 10)) == ["a", "", "", "€", "", "é", ""]
     assert list(generate.stream(model, tokenizer, "x", 3)) == ["a", "", "", "\ufffd"]  # cut within a character
-    assert asked["stop_id"] == tokenizer.eot_id
+    assert asked["stop_id"] == (tokenizer.eot_id,)
     np.testing.assert_array_equal(asked["prompts"], [[tokenizer.eot_id, ord("x")]])
 
 

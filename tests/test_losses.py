@@ -29,7 +29,7 @@ LOSSES = {name: fakes.jit(loss) for name, loss in losses.LOSSES.items()}
 
 
 def metrics(**fields):
-    zeros = {name: jnp.zeros(()) for name in MoEMetrics.__dataclass_fields__}
+    zeros = {name: jnp.zeros(()) for name in MoEMetrics.__dataclass_fields__ if name != "zero_routed"}
     return MoEMetrics(**(zeros | {name: jnp.asarray(value, jnp.float32) for name, value in fields.items()}))
 
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import blocks
-from moejax.blocks import Attention, AttentionInput, RMSNorm
+from moejax.attention import Attention, AttentionInput
 from moejax.config import AttentionConfig
 from moejax.limits import token_drop
 from moejax.model import build, layer_groups, moe_layer_ids
+from moejax.norm import RMSNorm
+from moejax.rope import rotary
 from tests import moe_fakes as fakes
 from tests.moe_fakes import DIM, VOCAB, model_config, router_config, small_model
 
@@ -286,7 +287,7 @@ def test_rmsnorm_by_hand_in_float32():
 def test_rotary_products_depend_on_the_distance_only():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 2, 8)), jnp.float32) for _ in range(2))
-    at = lambda x, p: blocks.rotary(x, jnp.asarray([[p]]), 100.0)  # noqa: E731
+    at = lambda x, p: rotary(x, jnp.asarray([[p]]), 100.0)  # noqa: E731
     product = lambda i, j: np.asarray(jnp.sum(at(q, i) * at(k, j), -1))[0, 0]  # noqa: E731
     np.testing.assert_allclose(product(5, 2), product(13, 10), rtol=1e-4)
     assert np.abs(product(5, 2) - product(5, 3)).max() > 1e-2

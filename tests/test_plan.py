@@ -19,16 +19,22 @@ from jax._src.ad_checkpoint import saved_residuals  # what print_saved_residuals
 from experiments import run, session
 from moejax import count, losses, plan, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, MoEConfig, RouterConfig
-from moejax.model import layer_groups
+from moejax.model import layer_groups, moe_layer_ids
 from moejax.plan import activations, communication, compiled, memory, sizes, text
 from moejax.plan.compiled import collective_bytes
 from moejax.routing import FAMILIES
 from moejax.train import Trainer
-from tests.small import LAB, VARIANTS, load
+from tests.small import LAB, MODELS, VARIANTS, ZOO, load
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE = MeshConfig(data=1)
 VOCAB = 1088
+
+
+def preset(name: str, **model: Any) -> ExperimentConfig:
+    """A published model's ``:tiny`` with a vocabulary and other fields."""
+    config = load(f"configs.models.{name}", "tiny")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **{"vocab_size": VOCAB, **model}))
 
 
 def tiny(
@@ -81,8 +87,19 @@ KEPT = {
     "deepseek_like": tiny("deepseek_like"),
     "alternating, block": tiny(moe={"every": 2}, remat="block"),
     "noisy_topk": tiny(moe=routed_by("noisy_topk")),
+    "gpt-oss": preset("gpt_oss_20b"),
+    "longcat": preset("longcat_flash"),
 }
 MORE_KEPT = {
+    "deepseek_v3": preset("deepseek_v3"),
+    "deepseek_v3, bfloat16": preset("deepseek_v3", compute_dtype="bfloat16"),
+    "deepseek_v3, dots": preset("deepseek_v3", remat="dots"),
+    "deepseek_v2_lite": preset("deepseek_v2_lite"),
+    "qk-norm over the projection": preset("olmoe_1b_7b"),
+    "gpt-oss, bfloat16": preset("gpt_oss_20b", compute_dtype="bfloat16"),
+    "gpt-oss, dots": preset("gpt_oss_20b", remat="dots"),
+    "longcat, dots": preset("longcat_flash", remat="dots"),
+    "longcat, block, bfloat16": preset("longcat_flash", remat="block", compute_dtype="bfloat16"),
     "olmoe_like, bfloat16": tiny(compute_dtype="bfloat16"),
     "mixtral_like": tiny("mixtral_like"),
     "deepseek_like, dots, bfloat16": tiny("deepseek_like", remat="dots", compute_dtype="bfloat16"),
@@ -95,6 +112,7 @@ MORE_KEPT = {
     "switch": tiny(moe=routed_by("switch", 1)),
     "noisy_topk, dots": tiny(moe=routed_by("noisy_topk"), remat="dots"),
     "sigmoid_bias": tiny(moe=routed_by("sigmoid_bias")),
+    "softmax_bias": tiny(moe=routed_by("softmax_bias")),
     "expert_choice": tiny(moe=routed_by("expert_choice")),
     "softmax_of_topk": tiny(moe=routed_by("softmax_of_topk")),
     "capacity": tiny(moe={"capacity_factor": 1.0}),
@@ -119,6 +137,7 @@ def check_kept(config: ExperimentConfig, mesh: MeshConfig = ONE) -> None:
     if remat == "none":
         # JAX lists masks and angles for each place where attention is traced; of equal arrays XLA keeps one.
         places = sum(len(pattern) * (repeats if unrolled else 1) for pattern, repeats in groups)
+        places *= count.attentions(config.model) // config.model.num_layers
         planned += (places - 1) * sum(a.bytes for a in activations.once(s, False)[1:])
     # And it lists weights of layers that stand alone, which are cut out of an array of one (a bitcast) or of several
     # (``memory`` counts those). Cast copies are listed instead where there are some.
@@ -152,7 +171,7 @@ def test_several_devices_keep_the_experts_whole(dtype: str):
 def test_every_router_family_is_counted():
     """A family that keeps more [T, E] tables than others is named in ROUTER_TABLES: add a new one here and there."""
     named = {config.model.moe.router.name for config in (*KEPT.values(), *MORE_KEPT.values())}
-    assert named >= {name for name, family in FAMILIES.items() if family.route.__module__ == "moejax.routing"}
+    assert named >= {name for name, family in FAMILIES.items() if family.route.__module__.startswith("moejax.")}
 
 
 # --- totals against XLA -----------------------------------------------------------------------------------------------
@@ -191,7 +210,18 @@ SLOW = {
         ONE,
     ),
 }
-EVALUATED = {**{name: (tiny(name), ONE) for name in LAB}, "bfloat16": SLOW["bfloat16"], "dense": SLOW["dense only"]}
+PRESETS = {
+    "longcat": (preset("longcat_flash"), ONE),
+    "deepseek_v3, 2 x 2 devices": (preset("deepseek_v3"), MeshConfig(data=2, expert=2)),
+    "gpt-oss, block": (preset("gpt_oss_20b", remat="block"), ONE),
+}
+SLOW |= PRESETS
+EVALUATED = {
+    **{name: (tiny(name), ONE) for name in LAB},
+    **PRESETS,
+    "bfloat16": SLOW["bfloat16"],
+    "dense": SLOW["dense only"],
+}
 
 
 def compare_training(config: ExperimentConfig, mesh: MeshConfig) -> None:
@@ -363,6 +393,37 @@ def test_kernels_are_those_of_the_platform():
     scores = [a.bytes for a in activations.attention(gpu) if a.part == "attention scores"]
     assert sum(scores) == 16 * 4096 * 16 * 4  # no [B,H,S,S]: one float32 for each row of it
     assert plan.platform_of(config) == "gpu" and plan.platform_of(tiny()) == "cpu"
+    chosen = {name: sizes.make(load(f"configs.models.{name}", "full"), ONE, "gpu", train=True) for name in
+              ("gpt_oss_20b", "deepseek_v3", "qwen3_30b_a3b")}  # fmt: skip
+    assert {name: (s.back_end, s.core) for name, s in chosen.items()} == {
+        "gpt_oss_20b": ("padded", "xla"),  # biases of experts; sinks
+        "deepseek_v3": ("mosaic_gpu", "xla"),  # latent attention
+        "qwen3_30b_a3b": ("mosaic_gpu", "cudnn"),
+    }
+
+
+@pytest.mark.parametrize("module", MODELS)
+def test_parameters_of_presets_are_those_of_count(module: str):
+    config = load(module, "full")
+    one = sizes.make(config, ONE, "cpu", train=True)
+    assert sum(activations.parameters(config.model, one).values()) == count.parameters(config.model).total
+    many = sizes.make(config, MeshConfig(data=1, expert=4, model=2), "cpu", train=True)
+    parts = activations.parameters(config.model, many)
+    routed, moe = count.parameters(config.model).routed_experts, config.model.moe
+    # The biases of down-projections lie whole on both halves of the model axis.
+    whole = len(moe_layer_ids(config.model)) * moe.num_experts * config.model.dim if moe.expert_bias else 0
+    if plan.problems(config, MeshConfig(data=1, expert=4, model=2)):  # DeepSeekMoE-2B: 63 experts, of 853; rounded up
+        assert parts["expert weights"] * 8 > routed
+    else:
+        assert parts["expert weights"] * 8 == routed + whole
+
+
+def test_settings_that_are_counted_coarsely_are_named():
+    mesh = MeshConfig(data=1, model=2)
+    said = {name: " ".join(plan.remarks(load(f"configs.models.{name}", "full"), mesh)) for name in ZOO}
+    assert "attention.window" in said["gpt_oss_20b"] and "attention.kind='latent'" in said["deepseek_v3"]
+    assert "moe.zero_experts" in said["longcat_flash"] and "model.wiring='longcat'" in said["longcat_flash"]
+    assert said["mixtral_8x7b"] == "" and plan.remarks(load("configs.models.deepseek_v3", "full"), ONE) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -456,7 +517,7 @@ def test_nothing_is_allocated_and_no_device_is_asked():
     words = done.stdout.splitlines()[-1].split()
     assert int(words[1]) < 64 * 1024  # KiB
     assert words[3] == "0" and words[5] == "0"
-    assert "6,919,100,416 total" in done.stdout
+    assert "6,919,161,856 total" in done.stdout
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from moejax import limits, replay, routing, trace
 from moejax.config import ConfigError, MoEConfig, RouterConfig
 from moejax.limits import DropOrder, token_drop
 from moejax.sharding import ArraySpec, put_batch
-from moejax.types import MoEMetrics
+from moejax.types import MoEMetrics, Routing
 from tests import moe_fakes as fakes
 from tests.small import quick_compilation, small_config
 from tests.trace_fakes import LAYERS, SHAPE, batches, mesh_of, model_of, record
@@ -161,7 +161,8 @@ def test_another_router_is_run_on_the_recorded_logits(file: Path):
 
 def routed_by(name: str, route: Any, arrays: Any, monkeypatch: pytest.MonkeyPatch) -> RouterConfig:
     registry = dict(routing.FAMILIES)
-    monkeypatch.setattr(routing, "FAMILIES", registry)
+    for module in (routing, routing.registry):
+        monkeypatch.setattr(module, "FAMILIES", registry)
     routing.register(name, arrays=arrays)(route)
     return RouterConfig(name=name, k=2)
 
@@ -281,7 +282,7 @@ def random_chunk(rng: np.random.Generator, experts: int, token_choice: bool) -> 
     probs = np.zeros((2, 3, 20, experts), np.float32)
     token = None if token_choice else rng.integers(0, 20, shape[:3]).astype(np.int32)
     fields: Any = {"expert": skewed, "valid": rng.random(shape) < 0.8, "weight": zeros, "score": zeros}
-    table = routing.Routing(**fields, probs=probs, logits=probs, token=token)  # ty: ignore[invalid-argument-type]
+    table = Routing(**fields, probs=probs, logits=probs, token=token)  # ty: ignore[invalid-argument-type]
     return trace.Chunk(table, table, {}, None)
 
 

@@ -297,7 +297,7 @@ def test_selection_bias_moves_the_choice_and_never_the_weight():
 def test_bias_update_rule_by_hand():
     config = RouterConfig(name="sigmoid_bias", bias_update_rate=0.5)
     routed = jnp.asarray([[4.0, 1.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0]])
-    new = routing.update_selection_bias({"bias": jnp.ones((2, 4))}, routed, config)
+    new = routing.update_selection_bias({"bias": jnp.ones((2, 4))}, routed, config, 4)
     np.testing.assert_array_equal(new["bias"], [[0.5, 1.5, 1.5, 1.0], [1.0, 1.0, 1.0, 1.0]])
 
 
@@ -312,7 +312,7 @@ def test_bias_update_rule_balances_loads():
         x = drift + rng.normal(size=(256, DIM)).astype(np.float32)
         made = route(config, x, {"kernel": jnp.asarray(kernel), "bias": bias})
         routed.append(np.bincount(np.asarray(made.expert).ravel(), minlength=EXPERTS).astype(np.float32))
-        bias = routing.update_selection_bias({"bias": bias}, jnp.asarray(routed[-1]), config)["bias"]
+        bias = routing.update_selection_bias({"bias": bias}, jnp.asarray(routed[-1]), config, EXPERTS)["bias"]
     violation = lambda loads: loads.max() / loads.mean() - 1  # noqa: E731  # MaxVio of the paper
     assert violation(routed[0]) > 1.5
     assert violation(sum(routed[-50:])) < 0.1
@@ -343,3 +343,102 @@ def test_expert_choice_by_hand(experts, k, real):
 
 def test_router_defaults_pass_their_own_check():
     assert routing.family(MoEConfig().router, MoEConfig().num_experts).name == "topk_of_softmax"
+
+
+# --- settings that some families implement ------------------------------------------------------------------
+
+
+def grouped_by_numpy(scores, groups, kept, group_score, k):
+    """Experts of each token: its best groups first, then the best of their experts; ties to lower ids."""
+    chosen = []
+    for row in scores:
+        size = len(row) // groups
+        parts = [sorted(row[g * size : (g + 1) * size], reverse=True) for g in range(groups)]
+        value = [part[0] if group_score == "max" else part[0] + part[1] for part in parts]
+        best = sorted(range(groups), key=lambda g: (-value[g], g))[:kept]
+        chosen.append(sorted((e for e in range(len(row)) if e // size in best), key=lambda e: (-row[e], e))[:k])
+    return np.asarray(chosen)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_bias_on_the_logits_is_added_or_refused(name):
+    config = router_config(name, bias=True)
+    if "bias" not in routing.FAMILIES[name].settings:
+        with pytest.raises(ConfigError, match=rf"router.bias=True: router.name='{name}' does not implement it"):
+            routing.family(config, EXPERTS)
+        return
+    x, weights = hidden(), fakes.router_weights(name)
+    assert set(routing.router_arrays(config, DIM, EXPERTS)) == {*weights, "logit_bias"}
+    bias = np.linspace(-2, 2, EXPERTS)
+    made = route(config, x, weights | {"logit_bias": jnp.asarray(bias, jnp.float32)})
+    np.testing.assert_allclose(made.logits, fakes.f64(x) @ fakes.f64(weights["kernel"]) + bias, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(made.weight, route(router_config(name), x, weights).weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("group_score", ["max", "top2_sum"])
+def test_group_limited_choice_is_numpys_or_refused(name, group_score):
+    config = router_config(name, k=3, groups=4, groups_kept=2, group_score=group_score) if name != "switch" else None
+    config = config or router_config(name, groups=4, groups_kept=2, group_score=group_score)
+    if "groups" not in routing.FAMILIES[name].settings:
+        with pytest.raises(ConfigError, match=rf"router.groups=4: router.name='{name}' does not implement it"):
+            routing.family(config, EXPERTS)
+        return
+    x, weights = hidden(), fakes.router_weights(name)
+    logits = fakes.f64(x) @ fakes.f64(weights["kernel"])
+    scores = fakes.sigmoid(logits) if name == "sigmoid_bias" else fakes.softmax(logits)
+    selection = scores
+    if "bias" in weights:  # below 0 throughout: an expert of a group that was left out must not win with a 0
+        weights["bias"] = weights["bias"] - 2
+        selection = scores + fakes.f64(weights["bias"])
+        assert selection.max() < 0
+    expert = grouped_by_numpy(selection, 4, 2, group_score, 3)
+    made = route(config, x, weights)
+    np.testing.assert_array_equal(made.expert, expert)
+    chosen = np.take_along_axis(scores, expert, 1)
+    np.testing.assert_allclose(made.weight, chosen / chosen.sum(1, keepdims=True), rtol=1e-5)
+    assert (expert != fakes.topk_rows(selection, 3)).any()  # the groups matter
+    other = "max" if group_score == "top2_sum" else "top2_sum"
+    assert (expert != grouped_by_numpy(selection, 4, 2, other, 3)).any()  # and so does their score
+
+
+def test_softmax_bias_by_hand():
+    x, weights = hidden(), fakes.router_weights("softmax_bias")
+    s = fakes.softmax(fakes.f64(x) @ fakes.f64(weights["kernel"]))
+    expert = fakes.topk_rows(s + fakes.f64(weights["bias"]), 2)
+    made = route(router_config("softmax_bias", renormalise=False, scale=6.0), x, weights)
+    np.testing.assert_array_equal(made.expert, expert)
+    np.testing.assert_allclose(made.weight, 6 * np.take_along_axis(s, expert, 1), rtol=1e-5)
+    assert (expert != fakes.topk_rows(s, 2)).any()
+
+
+def test_update_towards_even_share_by_hand():
+    """N = 2 experts that compute and Z = 2 that do not: each of the two should have a quarter of all pairs."""
+    config = RouterConfig(name="softmax_bias", bias_update_rate=0.5)
+    routed = jnp.asarray([[6.0, 2.0, 0.0, 0.0], [4.0, 4.0, 8.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    new = routing.update_towards_even_share({"bias": jnp.ones((3, 4))}, routed, config, 2)
+    expected = [[0.75, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.125, 1.125, 1.0, 1.0]]
+    np.testing.assert_allclose(new["bias"], expected, rtol=1e-6)
+    sigmoid = routing.update_selection_bias({"bias": jnp.ones((3, 4))}, routed, config, 2)
+    np.testing.assert_array_equal(sigmoid["bias"], [[0.5, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0] * 4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 3}, r"router.groups=3 does not divide num_experts=8: choose one of \[1, 2, 4, 8\]"),
+        ({"groups": 0}, r"router.groups=0 does not divide"),
+        ({"groups": 4, "groups_kept": 5}, r"router.groups_kept=5 must lie in \[1, router.groups=4\]"),
+        ({"groups_kept": 2}, r"router.groups_kept=2 must lie in \[1, router.groups=1\]"),
+        ({"groups": 4, "k": 3}, r"router.k=3 is more than the 2 experts .* keep 2 groups or more"),
+        ({"groups": 8, "groups_kept": 4, "group_score": "top2_sum"}, r"a group of one expert has no two best"),
+        ({"name": "softmax_of_topk", "renormalise": False}, r"renormalise=False: .* sum to 1 by construction"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        routing.family(router_config(changes.pop("name", "topk_of_softmax"), **changes), EXPERTS)
+    with pytest.raises(ConfigError, match=r"groups=3 does not divide num_experts \+ zero_experts=10"):
+        routing.family(router_config(groups=3), EXPERTS, zero_experts=2)
+    with pytest.raises(ValueError, match=r"settings=\['sinks'\] must be among"):
+        routing.register("new", settings=("sinks",))(routing.switch)

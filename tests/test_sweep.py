@@ -357,6 +357,7 @@ def test_a_second_ctrl_c_ends_at_once(bench: Bench):
 
 
 def test_a_terminal_that_closes_counts_once_and_takes_no_output_with_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started these tests may have it ignored
     ours, terminal = os.openpty()
     with Signals() as signals:
         signals._terminals = [terminal]
@@ -368,7 +369,7 @@ def test_a_terminal_that_closes_counts_once_and_takes_no_output_with_it():
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.count == 2
     os.close(terminal)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGHUP)
         assert signals.count == 0

@@ -15,8 +15,9 @@ Commands::
 ``:h100``   about 100 M parameters (64 experts, top-8) on six domains of text; one H100, under 480 s with compilation.
             DATA holds ``{train,valid,test}/<domain>.txt.xz`` and ``tokenizer/bpe8192.json``.
 ``:lab``    the OLMoE-like lab model (at most 25 M parameters), three training seeds; DATA as above, one H100.
-``:paper``  OLMoE-1B-7B itself, published on eight lm-eval tasks (average 64.0 without a limit): it needs the imported
-            checkpoint; here the sizes stand for planning.
+``:paper``  OLMoE-1B-7B itself, published on eight lm-eval tasks (average 64.0 without a limit): sizes, for planning.
+``:paper=FOLDER``  the table on the weights of a Hugging Face folder (or workdir) as they are, on held-out text:
+            ``--config=configs/papers/capacity_aware.py:paper=FOLDER --workdir=runs/olmoe``.
 
 What the paper measured is the average accuracy of eight tasks on OLMoE-1B-7B; ours is bits per byte of held-out text on
 the model just trained, so no value can be "reproduced": the contrasts are judged. Results: ``experiments/results/``.
@@ -24,7 +25,7 @@ the model just trained, so no value can be "reproduced": the contrasts are judge
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, pretrained
 from configs.lab import olmoe_like
 
 ARMS = ("order", "reverse", "random", "score")
@@ -33,9 +34,10 @@ FACTORS = (2.0, 1.5, 1.0, 0.75, 0.5)
 
 def get_config(variant: str = "tiny") -> ConfigDict:
     makers = {"tiny": _tiny, "h100": _h100, "lab": _lab, "paper": _paper}
-    if variant not in makers:
-        raise ValueError(f"variant {variant!r}: choose one of {', '.join(makers)}")
-    config = makers[variant](base.get_config())
+    variant, equals, folder = variant.partition("=")
+    if variant not in makers or (equals and variant != "paper"):
+        raise ValueError(f"variant {variant!r}: choose one of {', '.join(makers)}, paper=FOLDER")
+    config = pretrained.get_config(folder) if equals else makers[variant](base.get_config())
     config.name = f"capacity_aware:{variant}"
     config.scale = "h100" if variant == "lab" else variant
     config.table.name = "capacity_aware"
@@ -122,6 +124,7 @@ def _lab(config: ConfigDict) -> ConfigDict:
 def _paper(config: ConfigDict) -> ConfigDict:
     """OLMoE-1B-7B: 6.9 B parameters, 1.3 B active."""
     _olmoe_router(config)
+    config.model.attention.qk_norm_over = "projection"
     config.model.vocab_size = 50304
     config.model.num_layers = 16
     config.model.dim = 2048

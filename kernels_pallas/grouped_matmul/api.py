@@ -152,6 +152,8 @@ def grouped_ffn(
 
     - `swiglu`: h = silu(x @ gate[e] + gate_bias[e]) * (x @ up[e] + up_bias[e]),
     - `geglu`: the same with gelu in the place of silu (Shazeer 2020, "GLU variants improve transformer"),
+    - `swiglu_clamped`: h = g * sigmoid(1.702 g) * (u + 1), with g the gate's pre-activation cut off above 7 and u
+      that of up kept within [-7, 7] (gpt-oss, 2508.10925),
     - `gelu`, `relu`: h = act(x @ up[e] + up_bias[e]), gate None.
 
     gelu is the tanh approximation, the default of `jax.nn.gelu`. Differentiable in xs, weights, biases and

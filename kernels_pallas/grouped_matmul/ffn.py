@@ -16,9 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import groups
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "swiglu_clamped"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "swiglu_clamped")
+CLAMP, SLOPE = 7.0, 1.702
+"""Of swiglu_clamped, as gpt-oss has them (2508.10925): the bound of both branches, and what the sigmoid's argument is
+multiplied by (the sigmoid form of gelu)."""
 
 
 class Weights(NamedTuple):
@@ -80,8 +83,18 @@ def einsum(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, precision=precision(a.dtype), preferred_element_type=accumulator(a.dtype))
 
 
+def clamped_swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """``g sigmoid(1.702 g) (u + 1)`` with ``g = min(gate, 7)`` and ``u`` = up within [-7, 7] (gpt-oss, 2508.10925)."""
+    gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+    return gate * jax.nn.sigmoid(SLOPE * gate) * (up + 1)
+
+
 def activate(activation: Activation, hidden: Hidden) -> Float[Array, "... R F"]:
-    """swiglu: silu(gate) * up; geglu: gelu(gate) * up; gelu, relu: of up alone. gelu is the tanh form."""
+    """swiglu: silu(gate) * up; geglu: gelu(gate) * up; swiglu_clamped: :func:`clamped_swiglu`; gelu, relu: of up alone.
+    gelu is the tanh form."""
+    if activation == "swiglu_clamped":
+        assert hidden.gate is not None  # checked with the arguments
+        return clamped_swiglu(hidden.gate, hidden.up)
     act = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}[activation]
     return act(hidden.up) if hidden.gate is None else act(hidden.gate) * hidden.up
 

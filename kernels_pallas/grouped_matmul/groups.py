@@ -25,8 +25,11 @@ def bounds(group_sizes: Int[Array, "G"], rows: int) -> tuple[Int[Array, "G"], In
 
 
 def row_group(end: Int[Array, "G"], rows: int) -> Int[Array, "P"]:
-    """The group of each row; G for the tail."""
-    return jnp.searchsorted(end, jnp.arange(rows, dtype=jnp.int32), side="right").astype(jnp.int32)
+    """The group of each row; G for the tail.
+
+    A fused compare-and-sum: `jnp.searchsorted` fails inside `shard_map` with `check_vma` (an assertion of JAX 0.11.2).
+    """
+    return jnp.sum(end <= jnp.arange(rows, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
 
 
 def per_expert(group_sizes: Int[Array, "G"], experts: int) -> Int[Array, "E"]:

@@ -68,7 +68,7 @@ def moe_ffn(
         gate: None for an activation without a gate.
         up: same dtype as x, as all weights and biases.
         down: from hidden to model.
-        activation: "swiglu", "geglu", "gelu" or "relu".
+        activation: "swiglu", "geglu", "swiglu_clamped", "gelu" or "relu", as in `grouped_ffn`.
         valid: False drops a pair: it adds nothing, its weight and expert may hold anything, NaN included, and the
             gradient of its weight is 0. None keeps all.
         gate_bias: only with a gate.

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from moejax.config.model import ModelConfig
+from moejax.config.model import ModelConfig, later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class DataConfig:
     """For "builtin" only the weights are read."""
     tokenizer: str = "byte"
     """"byte"; "bpe:FILE" (Hugging Face tokenizers JSON); "bpe-train:SIZE" trains one on the train split and keeps
-    it."""
+    it; "pretrained:FOLDER" (a published model's own); "init_from": that of the weights that the run begins from."""
     seq_len: int = 128
     document_marker: str = "<|endoftext|>"
     """A line of ``.txt`` files that parts documents. Empty: each file is one document."""
@@ -39,6 +39,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int = 100
+    """0: none; the weights of ``init_from`` are evaluated as they are, without an optimizer."""
     batch_size: int = 16
     """Sequences per optimizer step, over all devices and micro-batches."""
     accumulate: int = 1
@@ -128,4 +129,7 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
     table: TableConfig = TableConfig()
     init_from: str = ""
-    """Workdir or checkpoint folder whose parameters start the run. Empty: random."""
+    """Workdir, checkpoint folder or Hugging Face folder whose parameters start the run. Empty: random."""
+    model_from: Literal["config", "init_from"] = later("config")
+    """"init_from": the model is the one of those weights; of ``model`` only what changes no weight is read
+    (``moejax.pretrained.CHOICES``)."""

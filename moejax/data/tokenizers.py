@@ -24,7 +24,7 @@ SAMPLE_BYTES = 4 << 20
 
 _PIECE_BYTES = 256 << 10  # of one document, so that a sample holds many
 _EOT_NAMES = (EOT, "<|end_of_text|>", "<|eot_id|>", "<eos>", "</s>", "<|im_end|>")
-_HARD_SAMPLE = (
+HARD_SAMPLE = (
     "".join(map(chr, range(1, 128))),
     " leading,  double   triple\t\ttabs\n\n\nlines\r\nand trailing  \n ",
     "café cafe\u0301 ﬁ ½ ２ Ωmega Ω 中文 한글 \u1112\u1161\u11ab עִבְרִית 👩‍👩‍👧 🇺🇳 \u200b\ufeff\u2028\u00a0.",
@@ -45,6 +45,7 @@ class Tokenizer(abc.ABC):
       vocab_size: number of ids.
       eot_id: the id that begins each document. No text is ever encoded to it.
       byte_lengths: int32 ``[V]``, UTF-8 bytes that each token stands for; 0 for special tokens.
+      start_ids, stop_ids: what a text to be continued begins with, and what ends its continuation.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     eot_id: int
     byte_lengths: np.ndarray
+    start_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -87,6 +90,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.name = "byte"
         self.vocab_size, self.eot_id = 257, 256
+        self.start_ids = self.stop_ids = (self.eot_id,)
         self.hash = hashlib.sha256(b"byte 257").hexdigest()[:16]
         self.byte_lengths = np.array([1] * 256 + [0], np.int32)
 
@@ -135,6 +139,7 @@ class BpeTokenizer(Tokenizer):
             )
         self._tokenizer = tokenizer
         self.eot_id = int(tokenizer.token_to_id(found) or 0)
+        self.start_ids = self.stop_ids = (self.eot_id,)
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         self.name = f"bpe{self.vocab_size}"
@@ -148,7 +153,7 @@ class BpeTokenizer(Tokenizer):
             elif not added[i].special:
                 self._bytes[i] = token.encode()
         self.byte_lengths = np.array([len(text) for text in self._bytes], np.int32)
-        for text in _HARD_SAMPLE:
+        for text in HARD_SAMPLE:
             self._check(text, label)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -190,8 +195,8 @@ def load_tokenizer(
     """The tokenizer of ``DataConfig.tokenizer``.
 
     Args:
-      spec: "byte", "bpe:FILE" or "bpe-train:SIZE".
-      root: folder that a relative FILE starts from.
+      spec: "byte", "bpe:FILE", "pretrained:FOLDER" or "bpe-train:SIZE".
+      root: folder that a relative FILE or FOLDER starts from.
       cache_root: where a trained one is kept; needed for "bpe-train".
       documents: train split by domain; needed for "bpe-train".
       weights: of the domains, for the sample that trains.
@@ -211,13 +216,17 @@ def load_tokenizer(
                 f"data.tokenizer={spec!r}: {path} cannot be read ({error}); paths are relative to data.root={root!r}"
             ) from error
         return BpeTokenizer(source, str(path))
+    if kind == "pretrained" and value:
+        from moejax.data.pretrained import PretrainedTokenizer  # it is a Tokenizer
+
+        return PretrainedTokenizer(Path(root).expanduser() / Path(value).expanduser())
     if kind == "bpe-train" and value.isdecimal() and int(value) >= 257:
         if cache_root is None or documents is None:
             raise ConfigError(f"data.tokenizer={spec!r}: training needs a train split and a cache folder")
         return _trained(int(value), documents, weights or {}, cache_root)
     raise ConfigError(
-        f"data.tokenizer={spec!r}: choose 'byte', 'bpe:FILE' or 'bpe-train:SIZE' with SIZE >= 257 (256 bytes"
-        " and end of text)"
+        f"data.tokenizer={spec!r}: choose 'byte', 'bpe:FILE', 'pretrained:FOLDER' (a model's own) or "
+        "'bpe-train:SIZE' with SIZE >= 257 (256 bytes and end of text)"
     )
 
 

@@ -16,7 +16,7 @@ from moejax.plan.problems import Problem, problems
 from moejax.plan.sizes import Platform, parse_mesh, resolve_mesh
 
 __all__ = [
-    "Collective", "Memory", "Plan", "Platform", "Problem", "make", "parse_mesh", "platform_of", "problems",
+    "Collective", "Memory", "Plan", "Platform", "Problem", "make", "parse_mesh", "platform_of", "problems", "remarks",
     "resolve_mesh", "with_vocabulary",
 ]  # fmt: skip
 
@@ -68,6 +68,32 @@ def with_vocabulary(config: ExperimentConfig) -> tuple[ExperimentConfig, str]:
     padded = 64 * math.ceil(known / 64)
     filled = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=padded))
     return filled, f"vocabulary: taken from the tokenizer when data is read; counted as {padded:,}"
+
+
+def remarks(config: ExperimentConfig, mesh: MeshConfig) -> list[str]:
+    """Where the arithmetic is coarser than elsewhere, by the setting's name."""
+    model, said = config.model, []
+    a = model.attention
+    if a.window:
+        said.append(
+            "attention.window: scores and masks are counted over whole sequences, as plain XLA makes them; FLOPs over "
+            "the window"
+        )
+    if a.kind == "latent" and mesh.model > 1:
+        said.append(
+            "attention.kind='latent' over mesh axis 'model': what it sends was not compared with a compiled program"
+        )
+    if model.moe.zero_experts:
+        said.append(
+            "moe.zero_experts: rows are reserved for all k choices; FLOPs and active parameters are the mean of a "
+            "uniform choice"
+        )
+    if model.wiring == "longcat":
+        said.append(
+            "model.wiring='longcat': the largest moment takes the paths of a block to be alive together (docs/plan.md: "
+            "12 % too high under remat)"
+        )
+    return said
 
 
 def make(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> Plan:

@@ -1,8 +1,9 @@
 """What the forward pass keeps for the backward pass, and what the largest moment of each needs beside it.
 
-Kept arrays follow the code, line by line: ``moejax.blocks``, ``moejax.moe``, ``moejax.routing``, ``moejax.dispatch``,
-``kernels_pallas.grouped_matmul``; ``tests/test_plan.py`` holds their sum to the residuals that JAX itself reports for
-the traced model. What is linear in what comes before (rotary positions, residual additions, biases) keeps nothing.
+Kept arrays follow the code, line by line: ``moejax.blocks``, ``moejax.attention`` (in ``moejax.plan.attention``),
+``moejax.moe``, ``moejax.routing``, ``moejax.dispatch``, ``kernels_pallas.grouped_matmul``; ``tests/test_plan.py``
+holds their sum to the residuals that JAX itself reports for the traced model. What is linear in what comes before
+(rotary positions, residual additions, biases) keeps nothing.
 
 Working arrays are those that are alive together at one moment. How XLA fuses and packs them is its own affair, so they
 are counted as the code has them; ``docs/plan.md`` says how far off that is.
@@ -12,10 +13,12 @@ import dataclasses
 from collections.abc import Iterator
 
 from kernels_pallas.grouped_matmul import padded
+from moejax import count
 from moejax.config import ModelConfig
 from moejax.model import layer_groups
-from moejax.plan.sizes import F32, INT, Sizes
-from moejax.routing import FAMILIES
+from moejax.plan.attention import attention, backward, forward, norm, outputs, shared_by_layers
+from moejax.plan.attention import parameters as attention_parameters
+from moejax.plan.sizes import F32, INT, Array, Sizes
 
 PARTS = (
     "embedding", "norms", "attention", "attention scores", "router", "dispatch plan", "rows [P,D]", "hidden [P,F]",
@@ -23,45 +26,11 @@ PARTS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """Bytes on one device of one array, or of several of a kind."""
-
-    part: str
-    what: str
-    bytes: int
-
-
 FFN_HIDDEN = {"swiglu": 6, "geglu": 7, "gelu": 5, "relu": 2}
 """[T, F] arrays that autodiff keeps of a dense FFN, in the compute type: outputs of the two (one) matmuls, the hidden
 layer, and what the derivative of the activation needs, as ``jax.nn`` writes it."""
 KEEPS_HIDDEN = ("cpu_tiled", "mosaic_gpu")
 """Back ends that save the pre-activations. ``padded`` saves its inputs only; the others differentiate a composition."""
-
-
-def attention(s: Sizes) -> Iterator[Array]:
-    """Of one attention and its norm."""
-    a, c, t, x = s.model.attention, s.itemsize, s.tokens, s.tokens * s.model.dim
-    yield from _norm(s)
-    yield Array("attention", "input of the projections", x * c)
-    q, kv = t * s.heads * a.head_dim, t * s.kv_heads * a.head_dim
-    if a.qk_norm:
-        yield Array("norms", "queries and keys, normalised and not", 2 * (q + kv) * F32)
-        yield Array("norms", "1/rms of queries and keys", 2 * t * (s.heads + s.kv_heads) * F32)
-    yield Array("attention", "queries, keys, values, output", (2 * q + 2 * kv) * c)
-    if s.cast:
-        weights = s.model.dim * a.head_dim * 2 * (s.heads + s.kv_heads)
-        yield Array("attention", "weights in the compute type", weights * c)
-    if s.core == "cudnn":
-        yield Array("attention scores", "logsumexp", t * s.heads * F32)
-        return
-    yield Array("attention scores", "softmax [B,H,S,S]", s.scores * (F32 + c))
-    yield Array("attention scores", "its sums", 2 * t * s.heads * F32)
-
-
-def _norm(s: Sizes) -> Iterator[Array]:
-    yield Array("norms", "input and x/rms in float32", 2 * s.tokens * s.model.dim * F32)
-    yield Array("norms", "1/rms", 2 * s.tokens * F32)
 
 
 def dense_ffn(s: Sizes, hidden: int, part: str) -> Iterator[Array]:
@@ -79,7 +48,7 @@ def router(s: Sizes) -> Iterator[Array]:
     moe, t = s.model.moe, s.tokens
     yield Array("router", "input in float32", t * s.model.dim * F32)
     tables = ROUTER_TABLES.get(moe.router.name, 3)
-    yield Array("router", "logits and probabilities [T,E]", tables * t * moe.num_experts * F32)
+    yield Array("router", "logits and probabilities [T,E]", tables * t * s.choices * F32)
     yield Array("router", "choices, weights and sums", (4 * s.pairs + 7 * t) * F32)
 
 
@@ -102,7 +71,7 @@ def moe(s: Sizes) -> Iterator[Array]:
     elif s.token_shards > 1:
         # per_shard takes weights whole and casts them to varying: each device keeps that copy for the backward pass.
         yield Array("expert weights", "gathered, all experts", weights * c)
-    if m.shared_experts:
+    if s.shared_dim:
         yield from dense_ffn(s, s.shared_dim, "shared experts")
         if m.shared_gate == "sigmoid":
             yield Array("shared experts", "output and gate", s.tokens * (d * c + 3 * F32))
@@ -112,27 +81,30 @@ def moe(s: Sizes) -> Iterator[Array]:
 
 def ffn_half(s: Sizes, is_moe: bool) -> list[Array]:
     """Of a block's second norm and its experts or dense FFN."""
-    return [*_norm(s), *(moe(s) if is_moe else dense_ffn(s, s.ffn_dim, "dense FFN"))]
+    return [*norm(s, s.model.dim), *(moe(s) if is_moe else dense_ffn(s, s.ffn_dim, "dense FFN"))]
 
 
 def block(s: Sizes, is_moe: bool) -> list[Array]:
     """Everything that one block's backward pass reads."""
-    return [*attention(s), *ffn_half(s, is_moe)]
+    first = [*attention(s), *ffn_half(s, is_moe)]
+    if s.model.wiring == "longcat":  # a dense FFN beside the experts, then an attention and a dense FFN more
+        return [*first, *dense_ffn(s, s.ffn_dim, "dense FFN"), *attention(s), *ffn_half(s, False)]
+    return first
 
 
 def matmul_outputs(s: Sizes, is_moe: bool) -> list[Array]:
     """What ``remat="dots"`` keeps of one block: outputs of matmuls without a batch axis."""
-    a, m, c, t = s.model.attention, s.model.moe, s.itemsize, s.tokens
-    kept = [
-        Array("attention", "queries, keys, values", t * a.head_dim * (s.heads + 2 * s.kv_heads) * c),
-        Array("attention", "output projection", t * s.model.dim * c),
-    ]
+    m, c, t = s.model.moe, s.itemsize, s.tokens
+    kept = list(outputs(s))
+    if s.model.wiring == "longcat":
+        kept += [*outputs(s), Array("dense FFN", "gate and up", 2 * (s.matrices - 1) * t * s.ffn_dim * c),
+                 Array("dense FFN", "output of the first", t * s.model.dim * c)]  # fmt: skip
     if not is_moe:
         # The down projection ends the block: nothing after it needs its output.
         return [*kept, Array("dense FFN", "gate and up", (s.matrices - 1) * t * s.ffn_dim * c)]
     router = 2 if m.router.name == "noisy_topk" else 1
-    kept.append(Array("router", "logits [T,E]", router * t * m.num_experts * F32))
-    if m.shared_experts:
+    kept.append(Array("router", "logits [T,E]", router * t * s.choices * F32))
+    if s.shared_dim:
         kept.append(Array("shared experts", "gate and up", (s.matrices - 1) * t * s.shared_dim * c))
         if m.shared_gate == "sigmoid":
             kept.append(Array("shared experts", "output and gate", t * (s.model.dim * c + F32)))
@@ -141,22 +113,16 @@ def matmul_outputs(s: Sizes, is_moe: bool) -> list[Array]:
 
 def once(s: Sizes, remat: bool) -> list[Array]:
     """What all layers share."""
-    a, t = s.model.attention, s.tokens
-    kept = [Array("logits and loss", "targets, masks, byte lengths", 6 * t * F32)]
+    kept = [Array("logits and loss", "targets, masks, byte lengths", 6 * s.tokens * F32)]
     if remat:
         return kept  # made again in each layer's backward pass
-    kept.append(Array("attention", "rotary angles", 4 * t * (a.head_dim // 2) * F32))
-    if s.core == "cudnn":
-        kept.append(Array("attention scores", "mask as a bias [B,1,S,S]", t * s.seq * s.itemsize))
-    else:
-        kept.append(Array("attention scores", "mask [B,H,S,S]", s.scores * (F32 + 1)))
-    return kept
+    return [*kept, *shared_by_layers(s)]
 
 
 def head(s: Sizes) -> list[Array]:
     """What final norm, logits and loss keep; gone before the layers' backward pass begins."""
     model, t = s.model, s.tokens
-    kept = [*_norm(s), Array("logits and loss", "input", t * model.dim * s.itemsize)]
+    kept = [*norm(s, s.model.dim), Array("logits and loss", "input", t * model.dim * s.itemsize)]
     kept.append(Array("logits and loss", "exp of the logits [T,V]", t * model.vocab_size * F32))
     if model.logit_softcap:
         kept.append(Array("logits and loss", "soft cap [T,V]", t * model.vocab_size * F32))
@@ -208,7 +174,8 @@ def recomputed(s: Sizes, *, at_attention: bool) -> list[Array]:
     largest = max(patterns, key=lambda pattern: sum(a.bytes for a in made(pattern)))
     arrays = made(largest)
     if at_attention:
-        return arrays + [dataclasses.replace(a, bytes=-a.bytes) for a in ffn_half(s, largest[0])]
+        rest = block(s, largest[0])[len(list(attention(s))) :]
+        return arrays + [dataclasses.replace(a, bytes=-a.bytes) for a in rest]
     if s.core == "xla":  # from which the softmax is made again, in its backward pass once more
         arrays.append(Array("attention scores", "masked scores [B,H,S,S]", s.scores * F32))
     return arrays
@@ -249,21 +216,6 @@ def _padded(s: Sizes, d_outputs: int, hiddens: int) -> list[Array]:
     ]
 
 
-def backward_of_attention(s: Sizes) -> list[Array]:
-    """Beside what is kept, when the gradient is at a block's attention."""
-    a, d, t = s.model.attention, s.model.dim, s.tokens
-    heads = 2 * t * a.head_dim * (s.heads + s.kv_heads)
-    found = [
-        Array("norms", "gradients of the residual stream and the norm", 4 * t * d * F32),
-        Array("attention", "queries, keys, values, output and their gradients", 2 * heads * s.itemsize),
-    ]
-    if s.core == "xla":
-        found.append(Array("attention scores", "gradients of softmax and scores [B,H,S,S]", 2 * s.scores * F32))
-        if s.model.remat == "none":
-            found.append(Array("attention scores", "this layer's softmax", s.scores * F32))
-    return found
-
-
 def backward_of_head(s: Sizes) -> list[Array]:
     """Beside what is kept, when the gradient is at the logits."""
     return [
@@ -274,20 +226,16 @@ def backward_of_head(s: Sizes) -> list[Array]:
 
 def backward_of_block(s: Sizes, is_moe: bool) -> list[Array]:
     """The larger of its two moments."""
-    return max(backward_of_ffn(s, is_moe), backward_of_attention(s), key=lambda arrays: sum(a.bytes for a in arrays))
+    return max(backward_of_ffn(s, is_moe), backward(s), key=lambda arrays: sum(a.bytes for a in arrays))
 
 
 def forward_of_block(s: Sizes, is_moe: bool) -> list[list[Array]]:
     """The moments of a block without a backward pass: attention, then its FFN."""
-    a, m, c, d, t = s.model.attention, s.model.moe, s.itemsize, s.model.dim, s.tokens
-    q, kv = t * a.head_dim * s.heads * c, t * a.head_dim * s.kv_heads * c
+    m, c, d, t = s.model.moe, s.itemsize, s.model.dim, s.tokens
     stream = Array("norms", "residual stream and normalised input", 2 * t * d * c)
-    attention = [stream, Array("attention", "queries, keys, values, output", 2 * q + 2 * kv)]
-    if s.core == "xla":
-        attention.append(Array("attention", "keys and values, laid out for the products", 2 * kv))
-        attention.append(Array("attention scores", "scores, softmax, mask", s.scores * (F32 + c) + t * s.seq))
+    first = forward(s)
     if not is_moe:
-        return [attention, [stream, Array("dense FFN", "hidden", s.matrices * t * s.ffn_dim * c)]]
+        return [first, [stream, Array("dense FFN", "hidden", s.matrices * t * s.ffn_dim * c)]]
     weights = s.matrices * m.num_experts * d * s.expert_dim
     layer = [Array("expert weights", "this layer's, all experts", weights * c)] if _copied(s) else []
     hidden = Array("hidden [P,F]", "pre-activations", (s.matrices - 1) * s.rows * s.expert_dim * c)
@@ -298,8 +246,8 @@ def forward_of_block(s: Sizes, is_moe: bool) -> list[list[Array]]:
         ffn = [stream, *layer, xs, ys, *_plan(s), *_padded(s, d_outputs=0, hiddens=s.matrices - 1)]
     if s.back_end == "cpu_tiled":
         # It writes into arrays of zeros, pre-activations too, and XLA makes constants before anything else.
-        attention += [*(layer if s.token_shards == 1 else []), ys, hidden]
-    return [attention, ffn]
+        first += [*(layer if s.token_shards == 1 else []), ys, hidden]
+    return [first, ffn]
 
 
 def _copied(s: Sizes) -> bool:
@@ -308,34 +256,24 @@ def _copied(s: Sizes) -> bool:
 
 
 def _plan(s: Sizes) -> list[Array]:
-    tables = 3 * s.tokens * s.model.moe.num_experts * F32
+    tables = 3 * s.tokens * s.choices * F32
     return [Array("router", "logits and probabilities [T,E]", tables),
             Array("dispatch plan", "rows of pairs, pairs of rows", 3 * s.rows * INT)]  # fmt: skip
 
 
 def parameters(model: ModelConfig, s: Sizes) -> dict[str, int]:
     """Trainable numbers on one device by part; on one device their sum is that of ``moejax.count.parameters``."""
-    a, m, d = model.attention, model.moe, model.dim
-    flags = [flag for pattern, repeats in layer_groups(model) for flag in pattern * repeats]
-    moes, layers = sum(flags), len(flags)
-    projections = 2 * d * a.head_dim * (s.heads + s.kv_heads)
-    bias = a.head_dim * (s.heads + 2 * s.kv_heads) if a.bias else 0
-    matrices = FAMILIES[m.router.name].arrays(d, m.num_experts) if moes else {}
-    sizes = {name: _size(spec.shape) for name, spec in matrices.items() if spec.kind == "param"}
+    m, d = model.moe, model.dim
+    moes = sum(sum(pattern) * repeats for pattern, repeats in layer_groups(model))
+    attentions = count.attentions(model)
+    biases = (s.matrices - 1) * s.expert_dim + d if m.expert_bias else 0
     gate = d if m.shared_experts and m.shared_gate == "sigmoid" else 0
     return {
         "embedding": model.vocab_size * d * (1 if model.tie_embeddings else 2),
-        "norms": (2 * layers + 1) * d + (2 * a.head_dim * layers if a.qk_norm else 0),
-        "attention": layers * (projections + bias),
-        "router": moes * sum(sizes.values()),
-        "expert weights": moes * s.matrices * -(-m.num_experts // s.expert_shards) * d * s.expert_dim,
-        "dense FFN": (layers - moes) * s.matrices * d * s.ffn_dim,
+        "norms": (2 * attentions + 1) * d,
+        "attention": attentions * attention_parameters(s),
+        "router": moes * sum(count.router_parameters(model)) if moes else 0,
+        "expert weights": moes * -(-m.num_experts // s.expert_shards) * (s.matrices * d * s.expert_dim + biases),
+        "dense FFN": count.dense_ffns(model) * s.matrices * d * s.ffn_dim,
         "shared experts": moes * (s.matrices * d * s.shared_dim + gate),
     }
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

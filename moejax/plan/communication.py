@@ -12,6 +12,7 @@ reduce it.
 import dataclasses
 from typing import Literal
 
+from moejax import count
 from moejax.config import ExperimentConfig, MeshConfig
 from moejax.model import layer_groups
 from moejax.plan.activations import parameters
@@ -65,7 +66,7 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
         rest += weights["embedding"] * F32
     # Forward, once more where the backward pass makes the layer again, once more for exact balance losses.
     passes = 1 + (model.remat != "none") + (1 if _exact_balance(config) else 0)
-    sums = layers * (5 * model.moe.num_experts + 2) * F32
+    sums = layers * (5 * s.choices + 2) * F32
     return [
         Collective("all-gather", "experts' weights, whole for each layer", "expert", s.expert_shards,
                    experts * passes * micros),
@@ -79,12 +80,13 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
 def _model_axis(config: ExperimentConfig, s: Sizes) -> list[Collective]:
     """Activations: each half of a block sums its output over the axis, and the gradient of its input."""
     model, micros, n = s.model, config.train.accumulate, s.model_shards
-    stream, layers, moes = s.tokens * s.model.dim, model.num_layers, _moe_layers(s)
+    stream, moes = s.tokens * s.model.dim, _moe_layers(s)
+    layers, denses = count.attentions(model), count.dense_ffns(model)
     # remat="block" makes the forward pass again; "dots" keeps the outputs of attention and dense matmuls.
     again = 1 if model.remat == "block" else 0
-    attention = layers * (1 + again + 3) * stream * s.itemsize
-    dense = (layers - moes) * (1 + again + s.matrices - 1) * stream * s.itemsize
-    shared = moes * (1 + again + s.matrices - 1) * stream * s.itemsize if model.moe.shared_experts else 0
+    attention = layers * ((1 + again) * stream + _attention_inputs(s)) * s.itemsize
+    dense = denses * (1 + again + s.matrices - 1) * stream * s.itemsize
+    shared = moes * (1 + again + s.matrices - 1) * stream * s.itemsize if s.shared_dim else 0
     rows = moes * (1 + (model.remat != "none") + s.matrices - 1) * s.rows * model.dim * F32
     return [
         Collective("all-reduce", "attention: outputs, gradients of inputs", "model", n, attention * micros),
@@ -92,3 +94,13 @@ def _model_axis(config: ExperimentConfig, s: Sizes) -> list[Collective]:
                    (dense + shared) * micros),
         Collective("all-reduce", "rows of experts: outputs, gradients of inputs", "model", n, rows * micros),
     ]  # fmt: skip
+
+
+def _attention_inputs(s: Sizes) -> int:
+    """Numbers whose gradients each device has a part of, where heads are split: those that all heads read."""
+    a = s.model.attention
+    if a.kind == "grouped":
+        return 3 * s.tokens * s.model.dim  # the input, once for each projection
+    # The down-projections are whole on every device: it is the latents that are summed (that of keys and values for
+    # both), and the one rotary key.
+    return s.tokens * ((a.query_rank or s.model.dim) + 2 * a.latent_rank + a.rope_head_dim)

@@ -8,8 +8,8 @@ import jax
 from moejax.config import ExperimentConfig, MeshConfig
 from moejax.model import layer_groups
 from moejax.plan import activations
-from moejax.plan.activations import Array
-from moejax.plan.sizes import F32, INT, Platform, Sizes, make
+from moejax.plan.attention import backward
+from moejax.plan.sizes import F32, INT, Array, Platform, Sizes, make
 from moejax.routing import FAMILIES
 
 BATCH_BYTES = 4 * INT + 1
@@ -85,11 +85,13 @@ def train(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> Mem
             others = [
                 a for j, flag in enumerate(pattern) if j != i and loop for a in activations.backward_of_block(s, flag)
             ]
+            if s.model.wiring == "longcat" and s.model.remat == "none":  # the dense path beside the experts
+                others += activations.backward_of_block(s, False)
             name = f"backward pass of {'the experts' if is_moe else 'a dense FFN'}"
             again = activations.recomputed(s, at_attention=False)
             moments.append(Moment(name, (*kept, *grads, *again, *others, *activations.backward_of_ffn(s, is_moe))))
             again = activations.recomputed(s, at_attention=True)
-            arrays = (*kept, *grads, *again, *others, *activations.backward_of_attention(s))
+            arrays = (*kept, *grads, *again, *others, *backward(s))
             moments.append(Moment("backward pass of attention", arrays))
     return Memory(tuple(arguments), tuple(moments), s)
 
@@ -123,7 +125,7 @@ def _state(s: Sizes) -> list[Array]:
     layers = sum(sum(pattern) * repeats for pattern, repeats in layer_groups(s.model))
     if not layers:
         return []
-    specs = FAMILIES[s.model.moe.router.name].arrays(s.model.dim, s.model.moe.num_experts).values()
+    specs = FAMILIES[s.model.moe.router.name].arrays(s.model.dim, s.choices).values()
     state = sum(jax.ShapeDtypeStruct(spec.shape, "float32").size for spec in specs if spec.kind == "state")
     return [Array("router", "selection state", layers * state * F32)] if state else []
 

@@ -37,12 +37,14 @@ def problems(config: ExperimentConfig, mesh: MeshConfig) -> list[Problem]:
 
     split("model.attention.num_heads", attention.num_heads, "model")
     split("model.attention.num_kv_heads", attention.num_kv_heads, "model")
-    if False in flags:
+    if False in flags or model.wiring == "longcat":
         split("model.ffn_dim", model.ffn_dim, "model")
     if True in flags:
         split("model.moe.num_experts", moe.num_experts, "expert")
         split("model.moe.expert_dim", moe.expert_dim, "model")
-        if moe.shared_experts and moe.expert_dim % mesh.model:
+        if moe.shared_dim:
+            split("model.moe.shared_dim", moe.shared_dim, "model")
+        elif moe.shared_experts and moe.expert_dim % mesh.model:
             split("model.moe.shared_experts x expert_dim", moe.shared_experts * moe.expert_dim, "model")
     shards = mesh.data * mesh.expert
     if train.batch_size % (shards * train.accumulate):

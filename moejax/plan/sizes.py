@@ -6,14 +6,16 @@ hidden, E experts, K choices, H heads, G key/value heads, N head dim, V vocabula
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.grouped_matmul.ffn import Weights
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend as mosaic_gpu
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, ModelConfig
-from moejax.experts import GATED
+from moejax.experts import GATED, expert_specs
+from moejax.moe import shared_width
 
 Platform = Literal["cpu", "gpu", "tpu"]
 F32 = INT = 4
@@ -51,18 +53,38 @@ def back_end(model: ModelConfig, rows: int, platform: Platform) -> str:
     if model.moe.implementation != "auto":
         return model.moe.implementation
     if platform == "gpu":
-        axes = {"D": model.dim, "F": model.moe.expert_dim}
-        refused = mosaic_gpu.refuse_shapes(jnp.dtype(model.compute_dtype), rows, axes)
-        return "padded" if refused else "mosaic_gpu"
+        xs, weights = _experts(model, rows)
+        return "padded" if mosaic_gpu.refuse_weights(xs, weights, model.activation) else "mosaic_gpu"
     return {"cpu": "cpu_tiled", "tpu": "mosaic_tpu"}[platform]
 
 
+def _experts(model: ModelConfig, rows: int) -> tuple[Any, Weights]:
+    """Shapes, in the place of arrays, of the rows and weights of one layer's experts."""
+    moe = model.moe
+    specs = expert_specs(moe.num_experts, model.dim, moe.expert_dim, model.activation, moe.expert_bias)
+    shapes: dict[str, Any] = {"gate": None} | {
+        n: jax.ShapeDtypeStruct(spec.shape, model.compute_dtype) for n, spec in specs.items()
+    }
+    return jax.ShapeDtypeStruct((rows, model.dim), model.compute_dtype), Weights(**shapes)
+
+
 def attention_core(model: ModelConfig, seq_len: int, platform: Platform) -> str:
-    """``xla`` or ``cudnn``: the rule of ``moejax.blocks.Attention``."""
+    """``xla`` or ``cudnn``: the rule of ``moejax.attention``."""
     if model.attention.implementation != "auto":
         return model.attention.implementation
+    if model.attention.kind == "latent" or model.attention.sinks:
+        return "xla"  # the fused core has neither
     fits = model.compute_dtype == "bfloat16" and model.attention.head_dim in (64, 128) and seq_len % 64 == 0
     return "cudnn" if fits and platform == "gpu" else "xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Bytes on one device of one array, or of several of a kind."""
+
+    part: str
+    what: str
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +132,12 @@ class Sizes:
 
     @property
     def shared_dim(self) -> int:
-        moe = self.model.moe
-        return _share(moe.shared_experts * moe.expert_dim, self.model_shards)
+        return _share(shared_width(self.model.moe), self.model_shards)
+
+    @property
+    def choices(self) -> int:
+        """Experts that the router chooses among, those without a computation too."""
+        return self.model.moe.num_experts + self.model.moe.zero_experts
 
     @property
     def matrices(self) -> int:

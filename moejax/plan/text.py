@@ -4,8 +4,8 @@ import dataclasses
 
 from moejax.config import config_hash
 from moejax.plan import Plan
-from moejax.plan.activations import Array
 from moejax.plan.memory import GRADIENTS, Memory
+from moejax.plan.sizes import Array
 
 ASSUMPTIONS = (
     "arrays are counted as the code makes them; XLA fuses some and keeps others longer (docs/plan.md: how far off)",

@@ -96,6 +96,8 @@ def _model(config: dict[str, Any]) -> str:
         f"{moe.get('num_experts')} experts of width {moe.get('expert_dim')}",
         f"router {dig(moe, 'router', 'name')}, k = {dig(moe, 'router', 'k')}",
     ]
+    if moe.get("zero_experts"):
+        parts.append(f"{moe['zero_experts']} zero-computation experts")
     if moe.get("shared_experts"):
         parts.append(f"{moe['shared_experts']} shared experts")
     factor = moe.get("capacity_factor")

@@ -41,7 +41,7 @@ def poisoned(x, sizes, extents=None):
 
 
 def ffn_inputs(shape, activation, *, bias=False, dtype=np.float32):
-    """(xs, weights, dy, row weights)"""
+    """(xs, weights, dy, row weights). For a clamped activation xs are so large that the clamps act."""
     e, d, f, p = shape.experts, shape.d_model, shape.d_expert, shape.rows
     gated = activation in GATED
     weights = Weights(
@@ -52,7 +52,12 @@ def ffn_inputs(shape, activation, *, bias=False, dtype=np.float32):
         up_bias=normal(5, (e, f), dtype) if bias else None,
         down_bias=normal(6, (e, d), dtype) if bias else None,
     )
-    return normal(7, (p, d), dtype), weights, normal(8, (p, d), dtype), normal(9, (p,))
+    return (
+        normal(7, (p, d), dtype, 5.0 if activation == "swiglu_clamped" else 1.0),
+        weights,
+        normal(8, (p, d), dtype),
+        normal(9, (p,)),
+    )
 
 
 def _running(operation, arguments, dtypes):

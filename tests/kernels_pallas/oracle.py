@@ -74,6 +74,14 @@ def _act(name, x):
     return x * (1 + t) / 2, (1 + t) / 2 + x * (1 - t**2) / 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
 
 
+def _clamped(gate, up):
+    """gpt-oss's h and its derivatives: what a clamp cuts off has none."""
+    g, u = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+    s = 1 / (1 + np.exp(-1.702 * g))
+    slope = s * (1 + 1.702 * g * (1 - s))
+    return g * s * (u + 1), {"gate": slope * (u + 1) * (gate < 7), "up": g * s * (np.abs(up) < 7)}
+
+
 def ffn(xs, weights, sizes, dy, activation, *, extents=None, row_weights=None):
     """(ys, dxs, drow_weights, each weight's gradient by its name) as `Checked`."""
     xs, dy = np.asarray(xs, np.float64), np.asarray(dy, np.float64)
@@ -91,8 +99,12 @@ def ffn(xs, weights, sizes, dy, activation, *, extents=None, row_weights=None):
 
         up = project("up")
         if "gate" in given:
-            a, slope = _act(activation, project("gate"))
-            h, pull = a * up, {"gate": slope * up, "up": a}
+            gate = project("gate")
+            if activation == "swiglu_clamped":
+                h, pull = _clamped(gate, up)
+            else:
+                a, slope = _act(activation, gate)
+                h, pull = a * up, {"gate": slope * up, "up": a}
         else:
             h, slope = _act(activation, up)
             pull = {"up": slope}

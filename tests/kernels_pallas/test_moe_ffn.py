@@ -114,7 +114,12 @@ def oracle(x, weight, params, expert, kept, dy, activation):
             return jnp.einsum(spec, a, getattr(mine, name)) + (0 if bias is None else bias)
 
         up = affine("td,tkdf->tkf", x, "up")
-        h = act(up) if mine.gate is None else act(affine("td,tkdf->tkf", x, "gate")) * up
+        gate = None if mine.gate is None else affine("td,tkdf->tkf", x, "gate")
+        if activation == "swiglu_clamped":
+            gate, up = jnp.where(gate > 7, 7, gate), jnp.where(jnp.abs(up) > 7, 7 * jnp.sign(up), up)
+            h = gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)
+        else:
+            h = act(up) if gate is None else act(gate) * up
         return jnp.sum(weight[..., None] * affine("tkf,tkfd->tkd", h, "down") * kept[..., None], axis=1)
 
     y, pull = jax.vjp(apply, x, weight, params)

@@ -265,6 +265,8 @@ def test_refusals_of_an_ffn(monkeypatch, p, dtype, weights, reason):
     xs = jax.ShapeDtypeStruct((p, weights.up.shape[1]), dtype)
     told = backend.refuse_ffn(xs, None, weights, "swiglu")
     assert told is None if reason is None else reason in told
+    if reason is None:
+        assert "not swiglu_clamped" in backend.refuse_ffn(xs, None, weights, "swiglu_clamped")
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,8 @@ def refuse_weights(xs, weights: Weights, activation: Activation) -> str | None:
     """Why an FFN of these weights cannot run, on any device."""
     if any(b is not None for b in (weights.gate_bias, weights.up_bias, weights.down_bias)):
         return "has no biases yet"
+    if activation in GATED and activation not in rows.GATED:
+        return f"its kernel applies {' or '.join(rows.GATED)} to gate and up, not {activation}"
     if (weights.gate is not None) != (activation in GATED):
         return "a gate without a gated activation"
     axes = {"D": weights.up.shape[1], "F": weights.up.shape[2]}

@@ -174,6 +174,10 @@ def _store_rows(staged: Any, out: Any, row: Any, column: Any, count: Any, rows: 
         power //= 2
 
 
+GATED = ("swiglu", "geglu")
+"""What :func:`gated` knows."""
+
+
 def gated(activation: str, gate: Float[Array, "R F"], up: Float[Array, "R F"]) -> Float[Array, "R F"]:
     """silu(gate) * up or gelu(gate) * up (tanh form), in operations that the kernel's compiler knows."""
     if activation == "swiglu":

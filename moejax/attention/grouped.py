@@ -1,0 +1,110 @@
+"""Grouped-query attention.
+
+Letters: B batch, S query length, M key/value length, D model, H query heads, G key/value heads, J query heads of one
+group, N head dim.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from moejax.attention.cache import KVCache, LayerCache, append
+from moejax.attention.inputs import AttentionInput, attention_mask, cache_mask, shares
+from moejax.config import AttentionConfig
+from moejax.norm import RMSNorm
+from moejax.rope import rotary
+from moejax.sharding import ArraySpec, create
+
+
+class Attention(nnx.Module):
+    """Grouped-query causal attention with rotary positions; optional QK-norm, biases, sinks and window; optional
+    key/value cache.
+
+    The core is ``jax.nn.dot_product_attention``. It has no sinks: with them the softmax is our own, in plain XLA.
+    """
+
+    def __init__(self, config: AttentionConfig, dim: int, eps: float, key: PRNGKeyArray, scale: float) -> None:
+        heads, groups, n = config.num_heads, config.num_kv_heads, config.head_dim
+        keys = jax.random.split(key, 4)
+        self.config = config
+        self.q = create(ArraySpec((dim, heads, n), ("embed", "heads", "head_dim"), fan_in=dim), keys[0], scale)
+        self.k = create(ArraySpec((dim, groups, n), ("embed", "kv_heads", "head_dim"), fan_in=dim), keys[1], scale)
+        self.v = create(ArraySpec((dim, groups, n), ("embed", "kv_heads", "head_dim"), fan_in=dim), keys[2], scale)
+        self.o = create(ArraySpec((heads, n, dim), ("heads", "head_dim", "embed"), fan_in=heads * n), keys[3], scale)
+        q_bias = ArraySpec((heads, n), ("heads", "head_dim"), init="zeros")
+        kv_bias = ArraySpec((groups, n), ("kv_heads", "head_dim"), init="zeros")
+        self.q_bias = create(q_bias, key) if config.bias else None
+        self.k_bias = create(kv_bias, key) if config.bias else None
+        self.v_bias = create(kv_bias, key) if config.bias else None
+        self.o_bias = create(ArraySpec((dim,), ("embed",), init="zeros"), key) if config.output_bias else None
+        self.q_norm = self._norm(heads, "heads", eps) if config.qk_norm else None
+        self.k_norm = self._norm(groups, "kv_heads", eps) if config.qk_norm else None
+        self.sinks = create(ArraySpec((heads,), ("heads",), init="zeros"), key) if config.sinks else None
+
+    def _norm(self, heads: int, axis: str, eps: float) -> RMSNorm:
+        if self.config.qk_norm_over == "projection":
+            return RMSNorm((heads, self.config.head_dim), eps, (axis, "head_dim"))
+        return RMSNorm(self.config.head_dim, eps, "head_dim")
+
+    def __call__(
+        self, x: Float[Array, "B S D"], tokens: AttentionInput, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
+        q = self._project(x, self.q, self.q_bias, self.q_norm, tokens.positions)
+        k = self._project(x, self.k, self.k_bias, self.k_norm, tokens.positions)
+        v = self._project(x, self.v, self.v_bias, None, None)
+        if cache is None:
+            mask = attention_mask(tokens, tokens.index, tokens.segment_ids)
+        else:
+            assert isinstance(cache, KVCache)
+            cache = KVCache(k=append(cache.k, k, tokens), v=append(cache.v, v, tokens))
+            k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
+            mask = cache_mask(tokens, k.shape[1])
+        with jax.named_scope("attention"):
+            if self.sinks is None:
+                y = jax.nn.dot_product_attention(
+                    q, k, v, mask=mask, scale=self.config.softmax_scale or None,
+                    implementation=self._implementation(x, cache),
+                )  # fmt: skip
+            else:
+                y = self._with_sinks(q, k, v, mask, self.sinks[...])
+        y = jnp.einsum("bshn,hnd->bsd", y, self.o[...].astype(x.dtype))
+        return y if self.o_bias is None else y + self.o_bias[...].astype(x.dtype), cache
+
+    def _project(
+        self,
+        x: Array,
+        weight: nnx.Variable,
+        bias: nnx.Variable | None,
+        norm: RMSNorm | None,
+        positions: Array | None,
+    ) -> Array:
+        y = jnp.einsum("bsd,dhn->bshn", x, weight[...].astype(x.dtype))
+        if bias is not None:
+            y = y + bias[...].astype(x.dtype)
+        if norm is not None:
+            y = norm(y)
+        return y if positions is None else rotary(y, positions, self.config.rope_theta, self.config.rope)
+
+    def _with_sinks(
+        self,
+        q: Float[Array, "B S H N"],
+        k: Float[Array, "B M G N"],
+        v: Float[Array, "B M G N"],
+        mask: Bool[Array, "B 1 S M"],
+        sinks: Float[Array, "H"],
+    ) -> Float[Array, "B S H N"]:
+        batch, seq, heads, n = q.shape
+        grouped = q.reshape(batch, seq, k.shape[2], -1, n)
+        scores = jnp.einsum("bsgjn,bmgn->bgjsm", grouped, k, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, heads, seq, -1) * (self.config.softmax_scale or n**-0.5)
+        p = shares(scores, mask, sinks).astype(v.dtype).reshape(batch, k.shape[2], -1, seq, k.shape[1])
+        return jnp.einsum("bgjsm,bmgn->bsgjn", p, v).reshape(q.shape)
+
+    def _implementation(self, x: Array, cache: LayerCache | None) -> Literal["xla", "cudnn"]:
+        if self.config.implementation != "auto":
+            return self.config.implementation
+        fits = x.dtype == jnp.bfloat16 and cache is None and self.config.head_dim in (64, 128) and x.shape[1] % 64 == 0
+        return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"

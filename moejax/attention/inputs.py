@@ -1,0 +1,93 @@
+"""What attention knows about tokens, and the scores' softmax.
+
+Letters: B batch, S query length, M key/value length, H query heads.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.types import pytree
+
+NOWHERE = 2**30
+"""Place of padding: beyond every cache and every window."""
+PADDING = -1
+"""Document of padding: that of no real token."""
+
+
+@pytree
+class AttentionInput:
+    """What attention needs to know about tokens, shared by all layers but for the window."""
+
+    positions: Int[Array, "B S"]
+    """Rotary position of each token; restarts at each document."""
+    index: Int[Array, "B S"]
+    """Place of each token in the key/value sequence: a query sees places up to its own. Padding is at
+    :data:`NOWHERE`."""
+    segment_ids: Int[Array, "B S"] | None = None
+    """Document of each token: a query sees its own document only, and padding is a document of its own. None: one
+    document for each row (and with a cache, which padding does not enter)."""
+    window: Int[Array, ""] | None = None
+    """A query sees this many last places, its own included. None: all. Data, so that layers with and without a window
+    are one program."""
+
+
+def attention_input(
+    positions: Int[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+    mask: Bool[Array, "B S"] | None,
+    start: Int[Array, "B"] | None,
+    shape: tuple[int, ...],
+) -> AttentionInput:
+    """Of a batch of ``shape`` [B, S] whose real tokens are those of ``mask``, padding anywhere.
+
+    A token's place and default position are the number of real tokens before it, plus ``start`` with a cache.
+    """
+    batch, seq = shape
+    first = jnp.zeros(batch, jnp.int32) if start is None else start
+    before = jnp.arange(seq, dtype=jnp.int32)[None]
+    if mask is not None:
+        real = mask.astype(jnp.int32)
+        before = jnp.cumsum(real, axis=1) - real
+    place = first[:, None] + before
+    positions = place if positions is None else positions
+    if mask is None:
+        return AttentionInput(positions=positions, index=place, segment_ids=segment_ids)
+    if start is None:
+        segment_ids = jnp.where(mask, 0 if segment_ids is None else segment_ids, PADDING)
+    index = jnp.where(mask, place, NOWHERE)
+    return AttentionInput(positions=positions, index=index, segment_ids=segment_ids)
+
+
+def attention_mask(
+    query: AttentionInput, key_index: Int[Array, "B M"], key_segments: Int[Array, "B M"] | None
+) -> Bool[Array, "B 1 S M"]:
+    """Causal by place in the sequence, within the window, and within one document."""
+    mask = query.index[:, :, None] >= key_index[:, None, :]
+    if query.window is not None:
+        mask &= query.index[:, :, None] - key_index[:, None, :] < query.window
+    if query.segment_ids is not None and key_segments is not None:
+        mask &= query.segment_ids[:, :, None] == key_segments[:, None, :]
+    return mask[:, None]
+
+
+def cache_mask(query: AttentionInput, size: int) -> Bool[Array, "B 1 S M"]:
+    """:func:`attention_mask` over all places of a cache."""
+    places = jnp.broadcast_to(jnp.arange(size), (query.index.shape[0], size))
+    return attention_mask(query, places, None)
+
+
+def shares(
+    scores: Float[Array, "B H S M"], mask: Bool[Array, "B 1 S M"], sinks: Float[Array, "H"] | None = None
+) -> Float[Array, "B H S M"]:
+    """Softmax over visible keys, float32; a sink takes part as one more key, whose share is left out (gpt-oss).
+
+    The largest logit is taken off first, sinks included, so that neither large scores nor large sinks overflow.
+    """
+    scores = jnp.where(mask, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min / 2)
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sink = sinks.astype(jnp.float32)[None, :, None, None]
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+    weights = jnp.exp(scores - top)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top))

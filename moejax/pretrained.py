@@ -1,0 +1,259 @@
+"""Weights from elsewhere: a checkpoint of ours or a Hugging Face folder, by one path and one set of functions.
+
+Both give the same :class:`~moejax.model.Decoder`, so whatever takes ``--checkpoint=DIR`` or ``config.init_from=DIR``
+takes either. A workdir whose run only evaluates (``train.steps=0``) stands for the weights that it began from.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from moejax import checkpoint, importers
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, from_mapping, to_dict
+from moejax.data import load_tokenizer
+from moejax.model import Decoder, build, moe_layer_ids
+from moejax.sharding import RouterState, tree_shardings
+from moejax.validate import check_model
+
+FORMAT = "hugging_face"
+CHOICES: dict[str, tuple[str, ...]] = {
+    "": ("compute_dtype", "layer_loop", "remat"),
+    "attention": ("implementation",),
+    "moe": ("losses", "capacity_factor", "capacity_order", "dispatcher", "implementation"),
+}
+"""Fields of the model, by group, that change no weight: with ``model_from="init_from"`` they are the config's."""
+_SAMPLES, _SAMPLE = 64, 1 << 16
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def open_model(
+    path: str | Path, *, compute_dtype: Dtype | None = None, mesh: Mesh | None = None
+) -> tuple[Decoder, ExperimentConfig, dict[str, Any]]:
+    """The model under ``path``, the config of its run, and the meta of its checkpoint (``step``, ``data``, ...).
+
+    Args:
+      path: what :func:`moejax.checkpoint.locate` takes, a Hugging Face folder, or a workdir that only evaluates.
+      compute_dtype: instead of the config's. Matrices of a Hugging Face folder are kept in it; ours are float32.
+      mesh: where the parameters go, experts split over its axis; None: the default device.
+
+    Raises:
+      ConfigError: nothing there, or damaged, or of a model that we do not have.
+    """
+    path = Path(path).expanduser()
+    run = _evaluated(path)
+    if run is not None:
+        model, _, meta = open_model(run.init_from, compute_dtype=compute_dtype or run.model.compute_dtype, mesh=mesh)
+        changed = dataclasses.replace(run.model, compute_dtype=model.config.compute_dtype)
+        return _with_config(model, changed), dataclasses.replace(run, model=changed), meta
+    if importers.is_hugging_face(path):
+        config = _config_of(path, compute_dtype)
+        model = importers.load(path, mesh=mesh, dtype=config.model.compute_dtype)
+        return _with_config(model, config.model), config, {"step": 0, "config": to_dict(config), "data": {}}
+    model, config, meta = checkpoint.load_model(path, compute_dtype=compute_dtype)
+    if mesh is not None:
+        graph, state = nnx.split(model)
+        model = nnx.merge(graph, jax.device_put(state, tree_shardings(state, mesh)))
+    return model, config, meta
+
+
+def adopt(config: ExperimentConfig) -> ExperimentConfig:
+    """``config`` with what it takes from the weights it begins from: the model, the tokenizer.
+
+    Raises:
+      ConfigError: it takes something and names no ``init_from``; nothing is there; a field is set that is not read.
+    """
+    wants = [name for name, value in (("model_from", config.model_from), ("data.tokenizer", config.data.tokenizer))
+             if value == "init_from"]  # fmt: skip
+    if not wants:
+        return config
+    if not config.init_from:
+        raise ConfigError(f"{wants[0]}='init_from' needs init_from=DIR: a checkpoint of ours or a Hugging Face folder")
+    source = stored_config(config.init_from)
+    if config.model_from == "init_from":
+        _refuse_unread(config.model)
+        # from here on a config like any other: a workdir's config.json says the whole model
+        config = dataclasses.replace(config, model=_merge(source.model, config.model), model_from="config")
+    if config.data.tokenizer == "init_from":
+        theirs = source.data
+        changed = {n: getattr(theirs, n) for n in ("tokenizer", "root")} if theirs.tokenizer.startswith("bpe:") else {
+            "tokenizer": theirs.tokenizer}  # fmt: skip
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
+    check_model(config.model)
+    return config
+
+
+def stored_config(path: str | Path) -> ExperimentConfig:
+    """The config of the weights under ``path``, without reading them.
+
+    Raises:
+      ConfigError: nothing there, or of a model that we do not have.
+    """
+    path = Path(path).expanduser()
+    run = _evaluated(path)
+    if run is not None:
+        return run
+    if importers.is_hugging_face(path):
+        return _config_of(path)
+    return from_mapping(ExperimentConfig, checkpoint.read_meta(checkpoint.locate(path)).get("config", {}))
+
+
+def origin(path: str | Path) -> dict[str, Any]:
+    """Where weights come from, as JSON values, for :func:`still`, :func:`check_fit` and :func:`parameters`.
+
+    Raises:
+      ConfigError: as :func:`moejax.checkpoint.origin`.
+    """
+    path = Path(path).expanduser()
+    run = _evaluated(path)
+    if run is not None:
+        return origin(run.init_from)
+    if not importers.is_hugging_face(path):
+        return checkpoint.origin(path)
+    folder = path.resolve()
+    return {"folder": str(folder), "step": 0, "config_hash": None, "weights": fingerprint(folder), "format": FORMAT}
+
+
+def still(known: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the weights that :func:`origin` told of are gone, or are others now."""
+    if known.get("format") != FORMAT:
+        checkpoint.still(dict(known))
+        return
+    folder = Path(known["folder"])
+    again = f"the run began from {folder} (weights {known['weights']}): put that folder back, or use a new --workdir"
+    if not importers.is_hugging_face(folder):
+        raise ConfigError(f"init_from: {folder} is gone, and {again}")
+    if (found := fingerprint(folder)) != known["weights"]:
+        raise ConfigError(f"init_from: {folder} now holds other weights ({found}), and {again}")
+
+
+def tokenizer_hash(known: Mapping[str, Any]) -> str | None:
+    """Hash of the tokenizer that the weights :func:`origin` told of were trained with; None: not recorded."""
+    if known.get("format") != FORMAT:
+        return checkpoint.read_meta(Path(known["folder"])).get("data", {}).get("tokenizer")
+    folder = Path(known["folder"])
+    return load_tokenizer(f"pretrained:{folder}").hash if (folder / "tokenizer.json").exists() else None
+
+
+def check_fit(known: Mapping[str, Any], config: ModelConfig) -> None:
+    """Raises ConfigError unless the weights that :func:`origin` told of are those of a model with this config."""
+    folder = Path(known["folder"])
+    if known.get("format") != FORMAT:
+        like = nnx.split(jax.eval_shape(lambda: build(config)), nnx.Param, RouterState)
+        for tree, prefix in zip(like[1:], ("params/", "router_state/"), strict=True):
+            checkpoint.check_fit(folder, tree, prefix=prefix)
+        return
+    theirs = _merge(importers.read_config(folder), config)
+    if len(moe_layer_ids(config)) == config.num_layers and config.wiring == "standard":
+        theirs = dataclasses.replace(theirs, ffn_dim=config.ffn_dim)  # there is no dense layer to have it
+    different = _differences(to_dict(theirs), to_dict(config), "model")
+    if different:
+        raise ConfigError(
+            f"init_from={folder} holds another model: {'; '.join(different[:8])}"
+            + (f"; and {len(different) - 8} more" if len(different) > 8 else "")
+            + " (there, here). Set model_from='init_from' to take the model of those weights"
+        )
+
+
+def parameters(known: Mapping[str, Any], params: Any, router_state: Any, *, mesh: Mesh, dtype: Dtype) -> tuple:
+    """``(params, router_state)`` of the weights that :func:`origin` told of, placed as these abstract trees are.
+
+    ``dtype`` is that of matrices from a Hugging Face folder; weights of ours are as they were saved.
+
+    Raises:
+      ConfigError: they cannot be read, or do not fit.
+    """
+    folder = Path(known["folder"])
+    if known.get("format") != FORMAT:
+        one, _ = checkpoint.load(folder, params, prefix="params/")
+        other, _ = checkpoint.load(folder, router_state, prefix="router_state/")
+        return one, other
+    _, one, other = nnx.split(importers.load(folder, mesh=mesh, dtype=dtype), nnx.Param, RouterState)
+    return one, other
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits that stand for the weights of a Hugging Face folder: SHA-256 over its config and, of each file of
+    weights, the size, the beginning and samples. It tells one checkpoint from another, not a flipped bit."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(i * max(size - _SAMPLE, 0) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _evaluated(path: Path) -> ExperimentConfig | None:
+    """The config of a workdir whose run only evaluates; None for anything else."""
+    file = path / "config.json"
+    if not file.is_file() or importers.is_hugging_face(path):
+        return None
+    try:
+        stored = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON ({error}): restore it, or give the checkpoint's folder") from error
+    if not isinstance(stored, dict) or stored.get("train", {}).get("steps") != 0:
+        return None
+    return from_mapping(ExperimentConfig, stored)
+
+
+def _config_of(folder: Path, compute_dtype: Dtype | None = None) -> ExperimentConfig:
+    """A config for a Hugging Face folder: its model and tokenizer, the built-in texts."""
+    model = importers.read_config(folder)
+    check_model(model)
+    if compute_dtype:
+        model = dataclasses.replace(model, compute_dtype=compute_dtype)
+    folder = folder.resolve()
+    data = DataConfig(tokenizer=f"pretrained:{folder}", seq_len=512)
+    return ExperimentConfig(name=folder.name, model=model, data=data, init_from=str(folder), model_from="init_from")
+
+
+def _with_config(model: Decoder, config: ModelConfig) -> Decoder:
+    """The same weights in a model that is built for ``config``."""
+    graph = nnx.split(jax.eval_shape(lambda: build(config)), nnx.Param, RouterState)[0]
+    _, params, router_state = nnx.split(model, nnx.Param, RouterState)
+    return nnx.merge(graph, params, router_state)
+
+
+def _merge(weights: ModelConfig, choices: ModelConfig) -> ModelConfig:
+    """The model of ``weights`` with the fields of ``choices`` that change no weight."""
+    for group, names in CHOICES.items():
+        if group:
+            changed = {n: getattr(getattr(choices, group), n) for n in names}
+            weights = dataclasses.replace(weights, **{group: dataclasses.replace(getattr(weights, group), **changed)})
+        else:
+            weights = dataclasses.replace(weights, **{n: getattr(choices, n) for n in names})
+    return weights
+
+
+def _refuse_unread(model: ModelConfig) -> None:
+    """Raises ConfigError for a field of ``model`` that is set and would be ignored."""
+    neutral = ModelConfig(vocab_size=model.vocab_size) if not model.vocab_size else ModelConfig()
+    different = _differences(to_dict(_merge(neutral, model)), to_dict(model), "model")
+    if different:
+        name, _, values = different[0].partition("=")
+        read = sorted({n for names in CHOICES.values() for n in names})
+        raise ConfigError(
+            f"{name}={values.split(', ')[-1]} is not read with model_from='init_from', where the model is the one of "
+            f"the weights; settings that change no weight are {', '.join(read)}"
+        )
+
+
+def _differences(there: Any, here: Any, path: str) -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = sorted(there.keys() | here.keys())
+        return [line for n in names for line in _differences(there.get(n), here.get(n), f"{path}.{n}")]
+    return [] if there == here else [f"{path}={there!r}, {here!r}"]
