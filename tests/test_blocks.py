@@ -112,7 +112,7 @@ def spelled(groups):
     return [flag for pattern, repeats in groups for flag in pattern * repeats]
 
 
-@pytest.mark.parametrize(("first_dense", "every"), itertools.product(range(5), range(1, 4)))
+@pytest.mark.parametrize(("first_dense", "every"), list(itertools.product(range(5), range(1, 4))))
 def test_groups_without_dense_layers_are_what_they_were(first_dense, every):
     """Checkpoints hold arrays by group and place in its pattern: these groups must never change."""
     for layers in (4, 7):
