@@ -50,7 +50,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Decoder:
     def make() -> Decoder:
         model = build(config, seed)
         graph, state = nnx.split(model)
-        paths = dict(state.flat_state())
+        paths = dict(nnx.to_flat_state(state))
         cast = {
             path: leaf if importers.is_float32("/".join(map(str, path))) else leaf.replace(leaf[...].astype(dtype))
             for path, leaf in paths.items()

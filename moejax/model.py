@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moejax.attention import NOWHERE, AttentionInput, BlockCache, attention_input, empty_cache
+from moejax.attention import NOWHERE, AttentionInput, BlockCache, LayerCache, attention_input, empty_cache
 from moejax.blocks import WIRINGS
 from moejax.config import ModelConfig
 from moejax.norm import RMSNorm
@@ -263,8 +263,11 @@ class Decoder(nnx.Module):
         config = self.config
         layers = []
         for pattern, repeats in layer_groups(config):
-            empty = empty_cache(config.attention, (repeats, batch, max_len), dtype or config.compute_dtype)
-            layers.append(tuple((empty, empty) if config.wiring == "longcat" else empty for _ in pattern))
+
+            def empty(repeats: int = repeats) -> LayerCache:  # arrays of its own for each: decoding donates them
+                return empty_cache(config.attention, (repeats, batch, max_len), dtype or config.compute_dtype)
+
+            layers.append(tuple((empty(), empty()) if config.wiring == "longcat" else empty() for _ in pattern))
         return Cache(layers=tuple(layers), length=jnp.zeros(batch, jnp.int32))
 
 

@@ -4,6 +4,7 @@
 #   bash scripts/test.sh [pytest arguments]         bash scripts/test.sh tests/test_routing.py -k top_k
 #   bash scripts/test.sh -m slow                    the long ones
 #   bash scripts/test.sh -m gpu -n 0                those for a GPU, after: bash scripts/setup_env.sh cuda
+#   bash scripts/test.sh -m hf                      live against transformers, where it and torch are installed
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$ROOT/scripts/setup_env.sh" dev

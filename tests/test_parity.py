@@ -5,6 +5,7 @@ What was compared with what, and where transformers and the original code disagr
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ from tests.goldens import FAMILIES, NAMES, TOLERANCE, error, golden, run, unpack
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 BASES = [f"{family}-base" for family in FAMILIES]
-FLIPPED = [
-    "mixtral-yarn", "olmoe-bias", "qwen2_moe-sparse_step", "qwen3_moe-dense_layer", "deepseek_v2-groups",
-    "deepseek_v3-negative_bias", "gpt_oss-layer_types", "longcat_flash-bias",
-]  # fmt: skip
-"""One other case of each family; the rest are slow, at 2 s of compilation each."""
-OTHERS = [
-    name if name in FLIPPED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in BASES
-]
+FLIPPED = (
+    "mixtral-yarn", "qwen2_moe-sparse_step", "qwen3_moe-dense_layer", "deepseek_v2-groups", "deepseek_v3-negative_bias",
+    "gpt_oss-layer_types",
+)  # fmt: skip
+CACHES = ("mixtral-base", "qwen3_moe-base", "deepseek_v3-base", "gpt_oss-base", "longcat_flash-base")
+
+
+def quick(names: Sequence[str], chosen: Sequence[str]) -> list[Any]:
+    """All but the chosen are slow: each takes 2 s of compilation."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 PAD, CHUNK = 3, 5
 
 
@@ -81,7 +86,7 @@ def test_logits_padding_and_batches(name: str, tmp_path: Path) -> None:
         assert error(found, case.logits[row]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", quick(BASES, CACHES))
 def test_cache(name: str, tmp_path: Path) -> None:
     """Chunks of a prompt, then single tokens, through the cache: the logits of the whole sequence."""
     case = golden(name)
@@ -100,8 +105,15 @@ def test_cache(name: str, tmp_path: Path) -> None:
     assert error(np.concatenate(found, axis=1), case.logits) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["longcat_flash-base", "qwen2_moe-sparse_step"])
+def test_no_two_arrays_of_a_cache_are_one(name: str, tmp_path: Path) -> None:
+    """Decoding donates them: two attentions in a block, and two blocks in a pattern, need their own."""
+    leaves = jax.tree.leaves(load(name, tmp_path).init_cache(1, 4))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [*BASES, "qwen2_moe-sparse_step"])
 def test_generation_is_that_without_a_cache(name: str, tmp_path: Path) -> None:
     """Prompts of two lengths in one batch; and, one by one, the likeliest token after the whole text."""
     model = load(name, tmp_path)
@@ -117,8 +129,9 @@ def test_generation_is_that_without_a_cache(name: str, tmp_path: Path) -> None:
             text[0, end] = token
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", quick([name for name in NAMES if name not in BASES], FLIPPED))
 def test_flags(name: str, tmp_path: Path) -> None:
+    """Every other case: a router flag, a placement, a rope scaling, biases, tied embeddings, windows."""
     case = golden(name)
     assert error(run(load(name, tmp_path), case.tokens).logits, case.logits) < TOLERANCE
 
@@ -242,9 +255,9 @@ def _flips() -> list[Any]:
     left = list(QUICK)
     made = []
     for name, changes in FLIPS:
-        quick = [flag for flag in changes if flag in left]
-        left = [flag for flag in left if flag not in quick]
-        marks = [] if quick else [pytest.mark.slow]
+        first = [flag for flag in changes if flag in left]
+        left = [flag for flag in left if flag not in first]
+        marks = [] if first else [pytest.mark.slow]
         shown = ", ".join(f"{flag}={value}" for flag, value in changes.items())
         made.append(pytest.param(name, changes, marks=marks, id=f"{name}: {shown}"))
     return made
