@@ -27,22 +27,29 @@ from moejax.model import Decoder
 from moejax.pretrained import open_model
 
 
-def tokenizer_of(data: DataConfig, saved: dict[str, Any]) -> Tokenizer:
+def tokenizer_of(data: DataConfig, saved: dict[str, Any], vocab_size: int = 0) -> Tokenizer:
     """The tokenizer that a model was trained with; text is read only where the tokenizer was trained on it.
 
     Args:
       data: of the checkpoint's config.
       saved: state of the data when the checkpoint was made, which holds the tokenizer's hash; empty for weights that
         come with their tokenizer.
+      vocab_size: of the model; 0: not checked.
 
     Raises:
-      ConfigError: it cannot be made again, or has become another one, so that ids would mean other text.
+      ConfigError: it cannot be made again, or has become another one, so that ids would mean other text; it has ids
+        that the model does not have.
     """
     if data.tokenizer.startswith("bpe-train:"):
         tokenizer = load_corpus(data).tokenizer
     else:
         tokenizer = load_tokenizer(data.tokenizer, root=data.root)
     check_tokenizer(data, tokenizer, saved)
+    if vocab_size and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={data.tokenizer!r} has {tokenizer.vocab_size} tokens, and the model {vocab_size}: it is "
+            "the tokenizer of another model; put the model's own tokenizer.json beside its weights"
+        )
     return tokenizer
 
 
@@ -95,7 +102,7 @@ def stream(
     if not len(start):
         raise ConfigError("--prompt='': this model's tokenizer begins with no token of its own; give some text")
     made = [] if made is None else made
-    before = shown = len(tokenizer.decode(start))  # decoded together: some vocabularies mark a space by the next token
+    shown = len(tokenizer.decode(start))  # decoded together: some vocabularies mark a space by the next token
     tokens = decode.generate(
         model,
         [start] * token_shards(),  # every device has a row
@@ -108,7 +115,7 @@ def stream(
         made.append(int(token[0]))
         whole = tokenizer.decode([*start, *made]).rstrip("\ufffd")  # perhaps the first bytes of a character
         yield whole[shown:]
-        shown = max(len(whole), before)
+        shown = max(len(whole), shown)  # bytes that follow may make a character that was shown unreadable for a while
     yield tokenizer.decode([*start, *made])[shown:]
 
 
@@ -138,7 +145,7 @@ def command(values: flags.FlagValues) -> int:
         )
     with session.on_mesh(values) as mesh:
         model, config, meta = open_model(values.checkpoint, compute_dtype=values.dtype, mesh=mesh)
-        tokenizer = tokenizer_of(config.data, meta.get("data", {}))
+        tokenizer = tokenizer_of(config.data, meta.get("data", {}), model.config.vocab_size)
         made: list[int] = []
         pieces = stream(
             model,

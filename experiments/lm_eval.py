@@ -93,7 +93,7 @@ def open_harness(
       ConfigError: no checkpoint there, or its tokenizer is not what it was.
     """
     model, config, meta = open_weights(checkpoint, compute_dtype=dtype)
-    tokenizer = tokenizer_of(config.data, meta.get("data", {}))
+    tokenizer = tokenizer_of(config.data, meta.get("data", {}), model.config.vocab_size)
     size = tokenizer.vocab_size
     harness = Harness(
         score_fn(model, size, dropless=dropless),

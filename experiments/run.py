@@ -136,6 +136,8 @@ def plan(config: ExperimentConfig) -> str:
 def check_held_out(config: ExperimentConfig, corpus: Corpus) -> None:
     """Raises ConfigError where validation or the final evaluation would find nothing to read."""
     for split, reader in (("valid", "validation"), (config.eval.final_split, "eval.final_split")):
+        if reader == "validation" and not config.train.steps:
+            continue
         if not any(split in corpus.splits(domain) for domain in corpus.domains):
             raise ConfigError(f"no domain has a {split!r} split, which {reader} reads: set data.domains.<name>.{split}")
 
@@ -160,9 +162,14 @@ def run_command(
     table = importlib.import_module(f"experiments.papers.{config.table.name}") if config.table.name else None
     if table is not None:
         table.check(config)
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, train=config.train.steps > 0)
     config = resolve_vocab(config, corpus)
     check_held_out(config, corpus)
+    if config.train.steps and not config.init_from and not corpus.tokenizer.exact:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r} changes the text before it is read: bits per byte of a model "
+            "trained from scratch would be of another text; use 'byte' or a byte-level BPE, or init_from=FOLDER"
+        )
     if config.train.steps:  # raises where text is too short
         train_iterator(corpus, batch_size=config.train.batch_size, seed=config.train.seed)
     tasks = load_tasks(config, corpus)
@@ -179,7 +186,8 @@ def run_command(
         run.prepare()
         facts = session.write_env(workdir, config, corpus, shards, origin)
         say(plan(config))
-        say(f"data {corpus.hash}: " + ", ".join(f"{d} {e:.2f} epochs" for d, e in facts["data"]["epochs"].items()))
+        epochs = ", ".join(f"{d} {e:.2f} epochs" for d, e in facts["data"]["epochs"].items() if config.train.steps)
+        say(f"data {corpus.hash}" + (f": {epochs}" if epochs else ""))
         say(f"experts on {facts['device']} by grouped_ffn back end {facts['grouped_matmul']['implementation']!r}")
         runs: dict[int, Run] = {}
         for seed in seeds:

@@ -41,7 +41,11 @@ SCORED = ("max_tokens",)
 """Fields of ``eval`` that validation scores depend on: the best checkpoint is chosen among equal ones only."""
 SESSION = ("command", "commit", "dirty", "device", "device_count", "process_count", "versions")
 """Facts of ``env.json`` that may differ from call to call; ``sessions`` keeps those of each."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full",
+    errno.EFBIG: "a file may not become that large here (ulimit -f, or the file system)",
+}
 LOCK = ".lock"
 """File in a workdir in use, locked by the process that uses it; it names that process."""
 
@@ -92,7 +96,7 @@ def guarded(action: Callable[[], int | None]) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"error: the disk is full{where}: what was finished is kept; make room, and the same command goes on",
+            f"error: {FULL[error.errno]}{where}: what was finished is kept; make room, and the same command goes on",
             file=sys.stderr,
             flush=True,
         )

@@ -189,7 +189,7 @@ def command(values: flags.FlagValues) -> int:
     model, config, meta = open_model(values.checkpoint)
     config = with_flags(config, values)
     mesh_of(config)
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, train=config.train.steps > 0)
     check_tokenizer(config.data, corpus.tokenizer, meta.get("data", {}))
     text = values.split or config.eval.final_split
     domains = chosen_domains(corpus, text, values.domains)

@@ -91,8 +91,12 @@ def generate(
     lengths need no compilation of their own), and padding enters neither cache nor experts.
 
     Raises:
-      ValueError: an empty prompt.
+      ValueError: an empty prompt, or ``at_a_time`` below 1.
     """
+    if at_a_time < 1:
+        raise ValueError(f"at_a_time={at_a_time}: one program makes 1 token or more")
+    if max_new_tokens < 1:
+        return
     if any(len(p) == 0 for p in prompts):
         raise ValueError("an empty prompt has no last token to continue from: start it with the end-of-text token")
     key = jax.random.key(0) if key is None else key

@@ -143,13 +143,17 @@ def tokenizer_hash(known: Mapping[str, Any]) -> str | None:
 
 
 def check_fit(known: Mapping[str, Any], config: ModelConfig) -> None:
-    """Raises ConfigError unless the weights that :func:`origin` told of are those of a model with this config."""
+    """Raises ConfigError unless the weights that :func:`origin` told of are whole and of a model with this config.
+
+    Reads no array.
+    """
     folder = Path(known["folder"])
     if known.get("format") != FORMAT:
         like = nnx.split(jax.eval_shape(lambda: build(config)), nnx.Param, RouterState)
         for tree, prefix in zip(like[1:], ("params/", "router_state/"), strict=True):
             checkpoint.check_fit(folder, tree, prefix=prefix)
         return
+    importers.check(folder)
     theirs = _merge(importers.read_config(folder), config)
     if len(moe_layer_ids(config)) == config.num_layers and config.wiring == "standard":
         theirs = dataclasses.replace(theirs, ffn_dim=config.ffn_dim)  # there is no dense layer to have it
@@ -197,7 +201,13 @@ def fingerprint(folder: Path) -> str:
 
 
 def _evaluated(path: Path) -> ExperimentConfig | None:
-    """The config of a workdir whose run only evaluates; None for anything else."""
+    """The config of a workdir whose run only evaluates; None for anything else.
+
+    Its ``init_from`` is the folder that the run read, wherever a relative path leads now.
+
+    Raises:
+      ConfigError: the config cannot be read; the weights are gone, or others now.
+    """
     file = path / "config.json"
     if not file.is_file() or importers.is_hugging_face(path):
         return None
@@ -207,7 +217,19 @@ def _evaluated(path: Path) -> ExperimentConfig | None:
         raise ConfigError(f"{file} is not JSON ({error}): restore it, or give the checkpoint's folder") from error
     if not isinstance(stored, dict) or stored.get("train", {}).get("steps") != 0:
         return None
-    return from_mapping(ExperimentConfig, stored)
+    run, known = from_mapping(ExperimentConfig, stored), _origin_of(path)
+    if known is None:
+        return run
+    still(known)
+    return dataclasses.replace(run, init_from=known["folder"])
+
+
+def _origin_of(workdir: Path) -> dict[str, Any] | None:
+    """What a workdir's ``env.json`` says that its run began from."""
+    try:
+        return json.loads((workdir / "env.json").read_bytes()).get("init_from")
+    except (OSError, ValueError, AttributeError):  # interrupted before it was written: config.json says it too
+        return None
 
 
 def _config_of(folder: Path, compute_dtype: Dtype | None = None) -> ExperimentConfig:

@@ -72,11 +72,13 @@ def optimizer(config: TrainConfig, params: nnx.State) -> optax.GradientTransform
     """AdamW with clipping by global norm; weight decay on matrices only.
 
     A matrix has two or more *logical* axes, as stacking layers adds one; heads and their width are one (a bias of
-    queries is a vector), and so has each expert its own.
+    queries is a vector; the rotary key of latent attention has no heads), and so has each expert its own.
     """
 
     def is_matrix(variable: nnx.Variable) -> nnx.Variable:
-        axes = [axis for axis in variable.get_metadata()["axes"] if axis not in ("head_dim", "experts")]
+        axes = set(variable.get_metadata()["axes"]) - {"experts"}
+        if not axes.isdisjoint(("heads", "kv_heads")):
+            axes -= {"head_dim"}
         return variable.replace(len(axes) >= 2)
 
     decayed = jax.tree.map(is_matrix, params, is_leaf=lambda v: isinstance(v, nnx.Variable))

@@ -13,7 +13,7 @@ EOT = 256
 class ByteTokenizer:
     """One token a byte, and 256 for the end of text."""
 
-    name, vocab_size, eot_id = "byte", 257, EOT
+    name, vocab_size, eot_id, stop_ids = "byte", 257, EOT, (EOT,)
     byte_lengths = np.append(np.ones(256, np.int32), 0).astype(np.int32)
 
     def encode(self, text):

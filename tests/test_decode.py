@@ -141,6 +141,9 @@ def test_tokens_are_made_several_at_a_time_and_no_call_follows_the_last(monkeypa
 def test_calls_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="an empty prompt has no last token"):
         next(generate(model(), [PROMPTS[0], np.zeros(0, np.int32)], 1))
+    with pytest.raises(ValueError, match="at_a_time=0"):
+        next(generate(model(), PROMPTS, 1, at_a_time=0))
+    assert next(generate(model(), PROMPTS, 0), None) is None  # and ends
     for temperature in (0.0, -1.0):
         with pytest.raises(ValueError, match=r"temperature=.*use greedy"):
             sampled(temperature)

@@ -189,6 +189,20 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("longcat_flash", {"mla_scale_q_lora": False}, ("mla_scale_q_lora=False", "scale_latents")),
     ("longcat_flash", {"num_hidden_layers": 30}, ("num_hidden_layers=30", "56")),
     ("longcat_flash", {"q_lora_rank": None}, ("q_lora_rank=None",)),
+    ("mixtral", {"sliding_window": 0}, ("sliding_window=0", "null")),
+    ("deepseek_v3", {"norm_topk_prob": None}, ("norm_topk_prob=None", "false")),
+    ("deepseek_v3", {"rope_interleave": None}, ("rope_interleave=None", "false")),
+    ("olmoe", {"num_attention_heads": 0}, ("num_attention_heads=0",)),
+    ("qwen2_moe", {"moe_intermediate_size": 0}, ("moe_intermediate_size=0",)),
+    *(
+        (
+            family,
+            {"rope_theta": ..., "rope_scaling": ..., "rope_parameters": {"rope_type": "default", "rope_theta": v}},
+            (f"rope_parameters.rope_theta={v!r}", "expected a number"),
+        )
+        for family in FAMILIES
+        for v in (None, "500", True)
+    ),
 ]
 
 

@@ -3,6 +3,7 @@
 Brute force: one sequence at a time, as long as it is, token by token from the logits of a whole forward pass.
 """
 
+import copy
 import dataclasses
 import json
 import sys
@@ -275,6 +276,16 @@ def test_stop_strings_and_end_of_text_end_a_text(harness: Harness, until: Any, e
     fake = dataclasses.replace(harness, generate=generate, max_length=64)
     made = fake.generate_until([("x", {"until": until, "max_gen_toks": 40, "do_sample": False, "top_p": 0.9})])
     assert made == [expected] and len(generate.steps) == steps
+
+
+def test_any_end_token_ends_a_text_and_the_first_token_does_not(harness: Harness):
+    """Mixtral begins documents with one token and ends answers with another."""
+
+    tokenizer = copy.copy(harness.tokenizer)
+    tokenizer.stop_ids = (7, 9)
+    generate = says(*ids("ab"), EOT, *ids("cd"), 9, *ids("ef"))
+    fake = dataclasses.replace(harness, tokenizer=tokenizer, generate=generate, max_length=64)
+    assert fake.generate_until([("x", {"max_gen_toks": 40})]) == ["abcd"] and len(generate.steps) == 6
 
 
 def test_a_short_batch_is_filled_and_padded_to_few_lengths(harness: Harness):

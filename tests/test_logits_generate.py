@@ -207,6 +207,21 @@ def test_broken_bytes_still_come_out(model: Decoder, monkeypatch: pytest.MonkeyP
     assert pieces == ["", "", "\ufffd\ufffda", "", "\ufffd"]
 
 
+def test_a_character_that_was_shown_is_not_shown_again(model: Decoder, monkeypatch: pytest.MonkeyPatch):
+    """Byte fallback decodes a run of bytes as a whole: until it is whole, its first characters are lost again."""
+
+    class Run(type(load_tokenizer("byte"))):
+        def _decode(self, ids: np.ndarray) -> str:
+            data = bytes(ids[ids < 256].tolist())
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                return "\ufffd" * len(data)
+
+    say_these(monkeypatch, list("é中x".encode()))
+    assert list(generate.stream(model, Run(), "", 10)) == ["", "é", "", "", "中", "x", ""]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padding_of_the_vocabulary_is_never_said(model: Decoder, monkeypatch: pytest.MonkeyPatch, temperature: float):
     asked = say_these(monkeypatch, [])

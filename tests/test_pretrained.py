@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,33 @@ def test_a_folder_is_evaluated_as_it_is(folder: Path, tmp_path: Path, arguments:
     theirs = logits.logits(importers.load(folder, dtype="float32"), tokens)
     np.testing.assert_allclose(logits.logits(model, tokens), theirs, rtol=1e-6, atol=1e-6)
     assert config.data.tokenizer == f"pretrained:{folder}"
+
+
+def test_a_damaged_folder_leaves_no_workdir(folder: Path, tmp_path: Path, arguments: tuple[str, ...], capfd):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    os.truncate(copy / "model.safetensors", 10_000)
+    command = (f"--config=configs/pretrained.py:{copy}", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert execute(*command) == 2 and "is damaged" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_needs_held_out_text_only(
+    folder: Path, tmp_path: Path, arguments: tuple[str, ...], capfd, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(folder.parent)  # a relative folder is remembered as the place that it was
+    root = Path(__file__).parents[1]
+    command = [f"--config={root}/configs/pretrained.py:{folder.name}", f"--workdir={tmp_path / 'run'}", *arguments]
+    command = [*command, "--config.data.domains={'a': {'test': 'test/a.txt'}}"]
+    assert execute(*command) == 0 and "perplexity" in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert pretrained.open_model(tmp_path / "run")[1].init_from == str(folder.resolve())
+    assert execute(*command, "--config.train.steps=1") == 2
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(folder: Path):
+    _, config, _ = pretrained.open_model(folder)
+    with pytest.raises(ConfigError, match=r"tokens, and the model 100: it is the tokenizer of another model"):
+        generate.tokenizer_of(config.data, {}, 100)
 
 
 def test_a_limit_is_the_configs_and_changes_what_is_read(folder: Path, tmp_path: Path, arguments: tuple[str, ...]):

@@ -10,6 +10,7 @@ import tokenizers as hf
 
 from moejax.config import ConfigError
 from moejax.data import load_tokenizer
+from moejax.data.corpus import tokenise
 from moejax.data.pretrained import PretrainedTokenizer
 from moejax.data.tokenizers import train_bpe
 
@@ -47,6 +48,14 @@ def byte_fallback() -> str:
     return tokenizer.to_str()
 
 
+def metaspace() -> str:
+    """The same, with the space from a pre-tokenizer: the form that newer files have."""
+    tokenizer = hf.Tokenizer.from_str(byte_fallback())
+    source = json.loads(tokenizer.to_str()) | {"normalizer": None}
+    source["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    return json.dumps(source)
+
+
 def bytes_of(tokenizer: PretrainedTokenizer, text: str) -> bytes:
     pieces = tokenizer.token_bytes()
     return b"".join(pieces[i] for i in tokenizer.encode(text))
@@ -74,6 +83,26 @@ def test_byte_fallback_with_a_first_token(tmp_path: Path):
     assert bytes_of(tokenizer, "the cat 中") == " the cat 中".encode()
     assert tokenizer.decode(tokenizer.encode("the cat 中")) == "the cat 中"
     assert tokenizer.encode("the </s>").tolist().count(2) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "added"),
+    [(byte_fallback(), 1), (byte_level(normalizer={"type": "NFC"}), -1), (metaspace(), 1)],
+    ids=["byte_fallback", "nfc", "metaspace"],
+)
+def test_texts_are_tokenised_for_evaluation_as_the_model_sees_them(tmp_path: Path, source: str, added: int):
+    tokenizer = PretrainedTokenizer(write(tmp_path, source, config={"eos_token_id": 0}))
+    assert not tokenizer.exact
+    text = "the cafe\u0301 \u2581 中"
+    if added < 0:
+        assert len(tokenizer.seen(text)) == len(text.encode()) + added
+    for document in (text, " the", "  x = 1\n"):
+        assert bytes_of(tokenizer, document) == tokenizer.seen(document)
+        ids, starts = tokenise([document], tokenizer)
+        assert int(tokenizer.byte_lengths[ids].sum()) == len(tokenizer.seen(document)) and starts.tolist() == [0]
+    tokenizer.byte_lengths = tokenizer.byte_lengths + 1
+    with pytest.raises(ConfigError, match="loses bytes of document 0"):
+        tokenise([text], tokenizer)
 
 
 def test_the_chat_template_is_rendered_in_a_sandbox(tmp_path: Path):

@@ -15,8 +15,9 @@ from flax import nnx
 from moejax import checkpoint, count, losses, routing
 from moejax.config import AttentionConfig, ExperimentConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
 from moejax.meter import Meter
+from moejax.model import build
 from moejax.sharding import make_mesh
-from moejax.train import StepMetrics, Trainer, TrainState, schedule, token_nll
+from moejax.train import StepMetrics, Trainer, TrainState, optimizer, schedule, token_nll
 from tests.small import VOCAB, flat, quick_compilation, random_batch, small_config, small_model, start
 
 BYTE_LENGTHS = np.arange(VOCAB) % 4  # ids 0, 4, 8, ... stand for no text
@@ -221,6 +222,22 @@ def test_weight_decay_touches_matrices_only():
         seen.add(kind)
         np.testing.assert_allclose(update, -0.25 if kind in MATRICES else 0.0, err_msg=name)
     assert seen == MATRICES | VECTORS
+
+
+def test_weight_decay_touches_every_matrix_of_latent_attention():
+    """The rotary key's has no heads: its width is an axis of its own."""
+    latent = AttentionConfig(
+        kind="latent", num_heads=2, num_kv_heads=2, head_dim=4, rope_head_dim=2, value_head_dim=4, query_rank=4,
+        latent_rank=4, bias=True, output_bias=True,
+    )  # fmt: skip
+    abstract = jax.eval_shape(lambda: build(dataclasses.replace(ONE_LAYER, attention=latent)))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), nnx.split(abstract, nnx.Param, ...)[1])
+    tx = optimizer(TrainConfig(learning_rate=0.5, weight_decay=0.5, warmup_steps=0), params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+    attention = {n.rpartition("attention/")[2]: np.any(u) for n, u in flat(updates).items() if "attention/" in n}
+    vectors = {"q_down_bias", "kv_down_bias", "k_rope_bias", "o_bias", "q_down_norm/scale", "kv_norm/scale"}
+    assert {name for name, decays in attention.items() if not decays} == vectors
+    assert {"k_rope", "q_down", "q", "kv_down", "k_up", "v_up", "o"} == attention.keys() - vectors
 
 
 def test_gradients_are_clipped_by_global_norm():

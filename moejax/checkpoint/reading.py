@@ -222,7 +222,8 @@ def locate(path: str | Path) -> Path:
         if best is not None:
             return folder / str(best)
     raise ConfigError(
-        f"{path}: no finished checkpoint there; give a workdir, its checkpoints folder or one step folder"
+        f"{path}: no finished checkpoint there; give a workdir, its checkpoints folder, one step folder "
+        "or a Hugging Face folder (config.json and *.safetensors)"
     )
 
 

@@ -132,11 +132,11 @@ class Corpus:
         }
 
     def epochs(self, tokens_seen: int) -> dict[str, float]:
-        """Epochs of each domain in ``tokens_seen`` training tokens (examples times ``seq_len``)."""
+        """Epochs of each domain with a train split in ``tokens_seen`` training tokens (examples times ``seq_len``)."""
         return {
             domain: tokens_seen * weight / max(1, len(self.tokens(domain, "train")) - 1)
             for domain, weight in zip(self.domains, self.weights, strict=True)
-            if weight > 0
+            if weight > 0 and (domain, "train") in self._splits
         }
 
     def _split(self, domain: str, split: str) -> _Split:
@@ -148,11 +148,11 @@ class Corpus:
         return self._splits[domain, split]
 
 
-def load_corpus(config: DataConfig) -> Corpus:
+def load_corpus(config: DataConfig, *, train: bool = True) -> Corpus:
     """The corpus of a configuration: the built-in one, or files.
 
     Texts are found and hashed here (files that have not changed since, by size and time of change, are not
-    read again); they are tokenised at first use.
+    read again); they are tokenised at first use. ``train`` False: for evaluation alone, domains need no train split.
 
     Raises:
       ConfigError: anything in ``config`` that cannot work.
@@ -164,10 +164,11 @@ def load_corpus(config: DataConfig) -> Corpus:
         weights, splits, record = _builtin(config, root)
     else:
         weights, splits, record = _files(config, root)
+    needed = train or config.tokenizer.startswith("bpe-train:")
     for domain, weight in weights.items():
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"data.domains.{domain}.weight={weight}: must be a finite number of at least 0")
-        if weight > 0 and (domain, "train") not in splits:
+        if needed and weight > 0 and (domain, "train") not in splits:
             raise ConfigError(
                 f"data.domains.{domain}.train='': a domain of weight {weight} needs it; or set weight to 0"
             )
@@ -298,7 +299,8 @@ def tokenise(documents: list[str], tokenizer: tokenizers.Tokenizer, label: str =
             size += sizes[last]
             last += 1
         for i, ids in enumerate(tokenizer.encode_batch(documents[first:last]), first):
-            if int(tokenizer.byte_lengths[ids].sum()) != sizes[i] or (ids == tokenizer.eot_id).any():
+            seen = sizes[i] if tokenizer.exact else len(tokenizer.seen(documents[i]))
+            if int(tokenizer.byte_lengths[ids].sum()) != seen or (ids == tokenizer.eot_id).any():
                 raise ConfigError(
                     f"data.tokenizer: {tokenizer.name} loses bytes of document {i} of {label}"
                     f" ({documents[i][:40]!r}...); use 'byte' or a byte-level BPE"

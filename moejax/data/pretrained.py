@@ -74,6 +74,8 @@ class PretrainedTokenizer(Tokenizer):
         identity = f"{self.start_ids} {self.stop_ids}\n{source}"
         self.hash = hashlib.sha256(identity.encode()).hexdigest()[:16]
         self._tokenizer.encode_special_tokens = True  # "</s>" within a text is text
+        first = b"".join(self._bytes[i] for i in self.encode("a"))
+        self._adds_space = first.startswith(b" ")  # also without a normaliser: a pre-tokenizer may
         self.exact = all([self._survives(text, path) for text in HARD_SAMPLE])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -107,12 +109,20 @@ class PretrainedTokenizer(Tokenizer):
     def token_bytes(self) -> list[bytes]:
         return list(self._bytes)
 
+    def seen(self, text: str) -> bytes:
+        normalizer = self._tokenizer.normalizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        text = text if self._byte_level else text.replace(SPACE, " ")
+        begins = text.startswith(" ") or not text
+        return (text if begins or not self._adds_space else f" {text}").encode()
+
     def _decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
     def _token_bytes(self, vocab: Mapping[str, int], parts: Mapping[str, Any], path: Path) -> list[bytes]:
         text = json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
-        if "ByteLevel" in text:
+        self._byte_level = "ByteLevel" in text
+        if self._byte_level:
             alphabet = byte_alphabet()
             of = lambda token: bytes(alphabet.get(c, 0) for c in token)  # noqa: E731
         elif "ByteFallback" in text or parts["model"].get("byte_fallback"):
@@ -155,11 +165,9 @@ class PretrainedTokenizer(Tokenizer):
         """
         ids = self.encode(text)
         got = b"".join(self._bytes[i] for i in ids)
-        normalizer = self._tokenizer.normalizer
-        seen = text if normalizer is None else normalizer.normalize_str(text).replace(SPACE, " ")
         if self.eot_id in ids:
             raise ConfigError(f"{path}: id {self.eot_id}, which parts texts, is an ordinary token: mend eos_token_id")
-        if got.removeprefix(b" ") != seen.encode().removeprefix(b" "):
+        if got != self.seen(text):
             raise ConfigError(f"{path} loses bytes: {text[:60]!r} becomes {got[:60]!r}, so bits per byte mean nothing")
         return got == text.encode() and self.decode(ids) == text
 

@@ -2,7 +2,8 @@
 split.
 
 Every tokenizer here is lossless: the bytes that its tokens stand for are the bytes of the text, which is what
-makes bits per byte comparable between tokenizers. One that is not is refused.
+makes bits per byte comparable between tokenizers. One that is not is refused, unless it is the one of a published model
+(``moejax.data.pretrained``).
 """
 
 import abc
@@ -46,6 +47,7 @@ class Tokenizer(abc.ABC):
       eot_id: the id that begins each document. No text is ever encoded to it.
       byte_lengths: int32 ``[V]``, UTF-8 bytes that each token stands for; 0 for special tokens.
       start_ids, stop_ids: what a text to be continued begins with, and what ends its continuation.
+      exact: every text comes back byte for byte.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Tokenizer(abc.ABC):
     byte_lengths: np.ndarray
     start_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
+    exact: bool = True
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -66,6 +69,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, ids: np.ndarray) -> str: ...
+
+    def seen(self, text: str) -> bytes:
+        """What the tokens of ``text`` stand for: its bytes, unless a published tokenizer changes the text first."""
+        return text.encode()
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of ``text``, int32, without special tokens."""

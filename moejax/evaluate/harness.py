@@ -38,6 +38,8 @@ class GenerateFn(Protocol):
 class Tokenizer(scoring.Tokenizer, Protocol):
     """Text to token ids without special tokens, and back."""
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
     def decode(self, ids: Sequence[int], /) -> str: ...
 
 
@@ -108,7 +110,7 @@ class Harness:
         return totals
 
     def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """The greedy continuation of each context, up to a stop string, end-of-text or the number of tokens asked for.
+        """The greedy continuation of each context, up to a stop string, an end token or the number of tokens asked for.
 
         Raises:
           ConfigError: no room for the context beside the tokens asked for; draws, or arguments that are not known.
@@ -134,10 +136,10 @@ class Harness:
         return texts
 
     def _continue(self, prompts: list[Tokens], wanted: list[Wanted]) -> list[str]:
-        eot = self.tokenizer.eot_id
+        begin, ends = [self.tokenizer.eot_id], self.tokenizer.stop_ids
         longest = max(len(prompt) for prompt in prompts)
         pad_to = next(size for size in bucket_lengths(self.max_length) if size >= longest)
-        filler = [[eot]] * (self.batch_size - len(prompts))  # one shape: the last batch does not compile anew
+        filler = [begin] * (self.batch_size - len(prompts))  # one shape: the last batch does not compile anew
         arrays = [np.array(prompt, np.int32) for prompt in prompts + filler]
         rows: list[Tokens] = [[] for _ in prompts]
         texts: list[str | None] = [None] * len(prompts)
@@ -145,9 +147,9 @@ class Harness:
             for i, want in enumerate(wanted):
                 if texts[i] is None:
                     token = int(new[i])
-                    rows[i] += [token] if token != eot else []
+                    rows[i] += [token] if token not in ends else []
                     text = self.tokenizer.decode(rows[i])
-                    stopped = token == eot or any(stop in text for stop in want.until)
+                    stopped = token in ends or any(stop in text for stop in want.until)
                     if stopped or len(rows[i]) == want.max_new_tokens:
                         texts[i] = before_stop(text, want.until)
             if all(text is not None for text in texts):

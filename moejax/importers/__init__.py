@@ -36,7 +36,7 @@ from moejax.model import Decoder, build
 from moejax.sharding import RouterState, Rules, tree_shardings
 from moejax.validate import check_model
 
-__all__ = ["check_new", "is_hugging_face", "load", "read_config", "write"]
+__all__ = ["check", "check_new", "is_hugging_face", "load", "read_config", "write"]
 
 CONFIG = "config.json"
 
@@ -88,15 +88,27 @@ def load(
       ConfigError: the folder is incomplete or damaged, or not exactly a model that we have.
     """
     folder = Path(path).expanduser()
-    raw = files.read_json(folder / CONFIG)
     config = dataclasses.replace(read_config(folder), compute_dtype=dtype)
+    family, tensors, graph, states, matched = _matched(folder, config)
+    _tell(folder, family, config, tensors, matched)
+    return nnx.merge(graph, *(_filled(state, matched, mesh, rules, dtype) for state in states))
+
+
+def check(path: str | Path) -> None:
+    """What :func:`load` raises for a folder that is incomplete or not exactly a model of ours; reads headers only."""
+    folder = Path(path).expanduser()
+    _matched(folder, read_config(folder))
+
+
+def _matched(folder: Path, config: ModelConfig) -> tuple[str, dict[str, files.Tensor], nnx.GraphDef, list[Any], Match]:
+    """``(family, the folder's tensors, graph and abstract states of the model, what becomes what)``."""
+    raw = files.read_json(folder / CONFIG)
     tensors = files.open_folder(folder)
     abstract = jax.eval_shape(lambda: build(config))
     graph, *states = nnx.split(abstract, nnx.Param, RouterState)
     shapes = {name: leaf.shape for state in states for name, leaf in flatten(state).items()}
-    matched = match(folder, raw["model_type"], config, raw, tensors, shapes)
-    _tell(folder, raw["model_type"], config, tensors, matched)
-    return nnx.merge(graph, *(_filled(state, matched, mesh, rules, dtype) for state in states))
+    family = str(raw["model_type"])
+    return family, tensors, graph, states, match(folder, family, config, raw, tensors, shapes)
 
 
 def _filled(state: Any, matched: Match, mesh: Mesh | None, rules: Rules | None, dtype: str) -> Any:

@@ -60,7 +60,7 @@ def _grouped(k: Keys, theta: float, *, head_dim: bool, rope: Any = None, **field
     hidden = k.get("hidden_size", int)
     width = k.get("head_dim", int, None)
     if width is None or not head_dim:
-        if hidden % heads:
+        if heads < 1 or hidden % heads:
             raise ConfigError(f"{k.path}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
         if width not in (None, hidden // heads):
             raise k.refuse("head_dim", f"this family's is hidden_size / num_attention_heads = {hidden // heads}")
@@ -116,8 +116,10 @@ def _windows(k: Keys, kinds: list[Any] | None, window: int | None, layers: int) 
 
 
 def _mixtral(k: Keys) -> ModelConfig:
-    window = k.get("sliding_window", int, 0)
-    attention = _grouped(k, 1e6, head_dim=True, window=window)
+    window = k.get("sliding_window", int, None)
+    if window == 0:
+        raise k.refuse("sliding_window", "a window of no token; for no window write null")
+    attention = _grouped(k, 1e6, head_dim=True, window=window or 0)
     moe = MoEConfig(
         num_experts=k.get("num_local_experts num_experts", int),
         expert_dim=k.get("intermediate_size", int),
@@ -163,6 +165,8 @@ def _qwen2_moe(k: Keys) -> ModelConfig:
     expert, width = k.get("moe_intermediate_size", int), k.get("shared_expert_intermediate_size", int)
     if width < 1:
         raise k.refuse("shared_expert_intermediate_size", "this family has a shared expert")
+    if expert < 1:
+        raise k.refuse("moe_intermediate_size", "it must be 1 or more")
     whole = width % expert == 0
     moe = MoEConfig(
         num_experts=k.get("num_experts num_local_experts", int),

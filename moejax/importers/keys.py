@@ -92,6 +92,8 @@ class Keys:
         for other in found[1:]:
             if self.raw[other] != value:
                 raise ConfigError(f"{self.path}: {name}={value!r} and {other}={self.raw[other]!r} are one setting")
+        if value is None and kind is bool and default is True:
+            raise self.refuse(name, "null counts as false in transformers, and without the key it is true: write which")
         if value is None and default is not _REQUIRED:
             return default
         if kind is float and type(value) is int:

@@ -42,12 +42,20 @@ def read_rope(
                 raise ConfigError(
                     f"{keys.path}: rope_theta={base} and {name}.rope_theta={part['rope_theta']} disagree: keep one"
                 )
-    read = [(float(part.get("rope_theta", base)), _scaling(keys, name, part, layout)) for name, part in found]
+    read = [(_theta(keys, name, part, base), _scaling(keys, name, part, layout)) for name, part in found]
     if len(read) == 2 and read[0] != read[1]:
         raise ConfigError(f"{keys.path}: rope_scaling and rope_parameters disagree: keep one of the two dialects")
     if read:
         return read[0]
     return base, _scaling(keys, "rope_scaling", dict(unset or {}), layout)
+
+
+def _theta(keys: Keys, name: str, part: dict[str, Any], base: float) -> float:
+    """The base beside a scaling: transformers 5 keeps it there."""
+    value = part.get("rope_theta", base)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{keys.path}: {name}.rope_theta={value!r}: expected a number")
+    return float(value)
 
 
 def _one(keys: Keys, name: str, value: dict[str, Any]) -> dict[str, Any]:
