@@ -83,6 +83,7 @@ def test_what_stands_between_begin_and_the_end_does_not_touch_the_experts():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads.attention))
 
 
+@pytest.mark.slow  # with latent attention: test_parity.py
 def test_longcat_with_two_caches_is_longcat_without():
     model, tokens = longcat(), jnp.asarray(fakes.tokens(2, 7))
 
@@ -193,6 +194,7 @@ def test_a_model_on_eight_devices_equals_one(name):
     assert_as_on_one_device(got, expected)
 
 
+@pytest.mark.slow  # test_zoo_training.py trains it, test_train.py and test_routing.py hold the rule
 def test_longcat_trains_and_its_selection_bias_moves_by_the_rule():
     router = router_config("softmax_bias", k=3, bias_update_rate=0.5)
     config = small_model(router, zero_experts=2, every=1, first_dense=0)

@@ -178,7 +178,6 @@ def test_every_router_family_is_counted():
 
 TOLERANCE = 0.10
 QUICK = {
-    "mixtral_like, block": (tiny("mixtral_like", remat="block"), ONE),
     "olmoe_like, micro-batches, 2 x 2 devices": (tiny(train={"accumulate": 2}), MeshConfig(data=2, expert=2)),
 }
 SLOW = {

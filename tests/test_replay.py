@@ -391,3 +391,27 @@ def test_what_cannot_work_is_one_sentence_and_no_file(file: Path, tmp_path: Path
     assert run(f"--trace={file}", "--orders=score") == 2
     assert "--orders=score order nothing: add --factors" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["cut.npz"]
+
+
+@pytest.mark.slow  # the parts are quick tests: zero experts in test_moe_zero_experts.py, replay above
+@pytest.mark.parametrize("wiring", ["standard", "longcat"])
+def test_a_trace_with_zero_experts_is_replayed_as_the_model_ran(wiring: str, tmp_path: Path):
+    """Also with a dense layer among the others, or two attentions in a block, and a limit in force."""
+    k = 3
+    moe = {"router": fakes.router_config("softmax_bias", k=k), "zero_experts": 3, "capacity_factor": 0.75}
+    more = {"num_layers": 3} if wiring == "standard" else {}
+    if wiring == "standard":
+        moe["dense_layers"] = (1,)
+    said = record(tmp_path / "t.npz", fakes.small_model(moe=moe, wiring=wiring, **more))
+    counts = ("tokens", "routed", "computed", "dropped", "added", "lost_tokens", "zero_routed")
+    with trace.read(tmp_path / "t.npz") as read:
+        setting = replay.setting_of(read.config.model.moe, read)
+        for chunk, online in zip(read, said, strict=True):
+            again, sums = replay.decide(chunk, setting, read.state)
+            for name in counts:
+                np.testing.assert_array_equal(getattr(sums, name), getattr(online, name), err_msg=name)
+            np.testing.assert_array_equal(again.kept.valid, chunk.kept.valid)
+            zero = np.asarray(online.zero_routed).sum(axis=-1)
+            assert (zero > 0).all()
+            pairs = np.asarray(online.routed).sum(axis=-1) + zero
+            np.testing.assert_array_equal(pairs, np.asarray(online.tokens) * k)

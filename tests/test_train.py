@@ -283,7 +283,7 @@ def test_selection_bias_moves_by_its_rule_alone():
 def test_an_update_rule_sees_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch):
     """A rule is written for ``routed[E]``: a mean over all its elements must not mix stacked layers."""
 
-    def rule(state: dict, routed: jax.Array, config: RouterConfig) -> dict:
+    def rule(state: dict, routed: jax.Array, config: RouterConfig, num_experts: int) -> dict:
         return {"bias": state["bias"] + routed - jnp.mean(routed)}
 
     family = dataclasses.replace(routing.FAMILIES["sigmoid_bias"], update=rule)

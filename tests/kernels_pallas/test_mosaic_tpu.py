@@ -66,7 +66,10 @@ class TestValues:
         ):
             check_matmul(NAME, SHAPE, sizes, dtype="bfloat16", transpose_rhs=True)
 
-    @pytest.mark.parametrize(("axis", "transpose_rhs"), [("n", False), ("k", False), ("n", True)])
+    @pytest.mark.parametrize(
+        ("axis", "transpose_rhs"),
+        [("k", False), pytest.param("n", False, marks=pytest.mark.slow), ("n", True)],
+    )
     def test_extents_of_two_groups_for_each_expert(self, axis, transpose_rhs):
         for i, extents in enumerate(((ALL, 128, 129, 0), (0, 0, 256, 1), (ALL, ALL, 128, 128))):
             sizes = specs.with_empties((15, 15, 11)[i], 4, WIDE.rows, seed=i)

@@ -329,6 +329,7 @@ def test_a_bench_times_programs_in_turn_on_several_sets():
     assert isinstance(refused, Exception)
 
 
+@pytest.mark.slow  # its parts are tests above
 def test_a_whole_sweep_in_the_interpreter_refuses_a_planted_wrong_kernel(folder, monkeypatch, capsys):
     call, path = trial.call, tuning.path_of("interpreter")
 
