@@ -29,7 +29,7 @@ from absl import flags
 from flax import nnx
 
 from experiments import decode_rival, session
-from experiments.speed import repeat
+from experiments.speed import rate, repeat
 from moejax import decode, importers
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig, config_hash
 from moejax.model import Cache, Decoder, build
@@ -132,10 +132,8 @@ def rows_of(
         if isinstance(times, str):
             extra["not_run"] = times
         else:
-            seconds = times[what]
-            low, high = np.percentile(seconds, [10, 90])
-            value = tokens / float(np.median(seconds))
-            extra |= {"p10": tokens / float(high), "p90": tokens / float(low), "repeats": len(seconds)}
+            value, spread = rate(tokens, times[what])
+            extra |= spread
         rows.append(
             ResultRow(**shared, row=name, metric=f"tokens_per_s/{what}", unit="tokens/s", value=value, extra=extra)
         )

@@ -12,7 +12,7 @@ that of an untrained one.
 import dataclasses
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,13 @@ def time_passes(
     return found, (float(loss), float(grad_norm))
 
 
+def rate(tokens: int, seconds: Sequence[float]) -> tuple[float, dict[str, Any]]:
+    """Median tokens per second of calls that take these seconds, and its spread for the row."""
+    low, high = np.percentile(seconds, [10, 90])
+    spread = {"p10": tokens / float(high), "p90": tokens / float(low), "repeats": len(seconds)}
+    return tokens / float(np.median(seconds)), spread
+
+
 def rows_of(
     config: ExperimentConfig,
     shared: dict[str, Any],
@@ -116,10 +123,8 @@ def rows_of(
             more["not_run"] = timed
         else:
             one = timed[which]
-            value = tokens / float(np.median(one.seconds))
-            low, high = np.percentile(one.seconds, [10, 90])
-            more |= {"p10": tokens / float(high), "p90": tokens / float(low), "repeats": len(one.seconds)}
-            more |= {"first_call_seconds": one.compile_seconds, **one.extra}
+            value, spread = rate(tokens, one.seconds)
+            more |= spread | {"first_call_seconds": one.compile_seconds, **one.extra}
             more |= dict(zip(("first_loss", "first_grad_norm"), first or (), strict=False))
         rows.append(
             ResultRow(**shared, row=name, metric=f"tokens_per_s/{which}", unit="tokens/s", value=value, extra=more)
