@@ -1,6 +1,6 @@
 """transformers' side of ``experiments.decode_speed``, a program of its own: it needs torch and not JAX.
 
-python experiments/decode_rival.py FOLDER ASKED.json ANSWER     writes ANSWER.json (times) and ANSWER.npy (logits)
+python experiments/decode_rival.py FOLDER ASKED.json ANSWER     writes ANSWER.json (times) and ANSWER.npz (logits)
 """
 
 import json
@@ -34,6 +34,21 @@ def main(folder: str, asked_file: str, answer: str) -> None:
     def prefill(tokens: Any) -> Any:
         return model(tokens, use_cache=True, logits_to_keep=1)
 
+    def filled(tokens: Any) -> tuple[Any, Any]:
+        """The first new token of each row and the cache, made for as many rows at a time as prefill is timed with."""
+        parts = [prefill(rows) for rows in tokens.split(asked["prefill_batch"])]
+        first = torch.cat([part.logits[:, -1:].argmax(-1) for part in parts])
+        if len(parts) == 1:
+            return first, parts[0].past_key_values
+        caches, whole = [part.past_key_values for part in parts], transformers.DynamicCache(config=model.config)
+        del parts
+        for i in range(len(caches[0].layers)):
+            layers = [cache.layers[i] for cache in caches]
+            whole.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), i)
+            for layer in layers:
+                layer.keys = layer.values = None
+        return first, whole
+
     def decode(tokens: Any, cache: Any) -> Any:
         for _ in range(asked["new_tokens"]):
             out = model(tokens, past_key_values=cache, use_cache=True)
@@ -47,24 +62,35 @@ def main(folder: str, asked_file: str, answer: str) -> None:
         wait()
         return time.perf_counter() - begin
 
+    def measure(what: str, call: Any, skip: int) -> None:
+        """Seconds of each repeat after the first ``skip``, or why there are none."""
+        try:
+            times[what] = [call() for _ in range(asked["repeats"] + skip)][skip:]
+        except torch.OutOfMemoryError as error:
+            failed[what] = str(error)[:300]
+            torch.cuda.empty_cache()
+
+    def decoding(tokens: Any) -> float:
+        first, cache = filled(tokens)  # a cache grows: each repeat begins at the same length
+        return seconds(lambda: decode(first, cache))
+
     times: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
     with torch.inference_mode():
-        logits = prefill(prompts(1)).logits[:, -1].float().cpu().numpy()
+        logits = {"asked": prefill(prompts(1)).logits[:, -1].float().cpu().numpy()}
         for batch in asked["batches"]:
             tokens = prompts(batch)
             if batch <= asked["prefill_batch"]:
-                found = [seconds(lambda t=tokens: prefill(t)) for _ in range(asked["repeats"] + 2)]
-                times[f"prefill/{batch}"] = found[2:]
-            found = []
-            for _ in range(asked["repeats"] + 1):
-                out = prefill(tokens)  # a cache grows: each repeat begins at the same length
-                first, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-                found.append(seconds(lambda t=first, c=cache: decode(t, c)))
-            times[f"decode/{batch}"] = found[1:]
+                measure(f"prefill/{batch}", lambda t=tokens: seconds(lambda: prefill(t)), 2)
+            measure(f"decode/{batch}", lambda t=tokens: decoding(t), 1)
+        if device == "cuda":
+            model.set_experts_implementation("eager")  # any type
+        model = model.float()
+        logits["exact"] = prefill(prompts(1)).logits[:, -1].cpu().numpy()
     Path(answer).with_suffix(".json").write_text(
-        json.dumps({"times": times, "version": transformers.__version__}), encoding="utf-8"
+        json.dumps({"times": times, "failed": failed, "version": transformers.__version__}), encoding="utf-8"
     )
-    np.save(Path(answer).with_suffix(".npy"), logits)
+    np.savez(Path(answer).with_suffix(".npz"), **logits)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moejax.model import Cache, Decoder
 
+FUSED_LENGTH = 64
+"""Fused attention on a GPU takes prompts of a multiple of this (:mod:`moejax.attention.grouped`): they are padded."""
+
 Sampler = Callable[[Float[Array, "B V"], PRNGKeyArray], Int[Array, "B"]]
 
 
@@ -31,6 +34,22 @@ def sampled(temperature: float = 1.0, top_k: int = 0) -> Sampler:
         return jax.random.categorical(key, logits / temperature)
 
     return sample
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def prefill(
+    model: Decoder, tokens: Int[Array, "B S"], lengths: Int[Array, "B"], places: int
+) -> tuple[Float[Array, "B V"], Cache]:
+    """A new cache of ``places`` for each row, at least S, that holds the first ``lengths`` tokens of each; logits
+    after them. What follows them in ``tokens`` is padding.
+
+    Dropless, as :func:`forward_cached` is.
+    """
+    mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    cache = model.init_cache(tokens.shape[0], places)
+    out = model(tokens, mask=mask, cache=cache, limits=(), at=lengths - 1, prompt=True)
+    assert out.cache is not None
+    return out.logits[:, 0], out.cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -101,11 +120,12 @@ def generate(
         raise ValueError("an empty prompt has no last token to continue from: start it with the end-of-text token")
     key = jax.random.key(0) if key is None else key
     longest = max([pad_to, *(len(p) for p in prompts)])
-    tokens, mask = np.zeros((len(prompts), longest), np.int32), np.zeros((len(prompts), longest), bool)
+    if jax.default_backend() == "gpu":
+        longest += -longest % FUSED_LENGTH
+    tokens, lengths = np.zeros((len(prompts), longest), np.int32), np.asarray([len(p) for p in prompts], np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-    cache = model.init_cache(len(prompts), longest + max_new_tokens)
-    logits, cache = forward_cached(model, jnp.asarray(tokens), jnp.asarray(mask), cache)
+        tokens[row, : len(prompt)] = prompt
+    logits, cache = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), longest + max_new_tokens)
     stops = () if stop_id is None else stop_id
     done = np.zeros(len(prompts), bool)
     made = sampler(logits, jax.random.fold_in(key, 0))[None]

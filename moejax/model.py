@@ -174,6 +174,7 @@ class Decoder(nnx.Module):
         train: bool = False,
         record: bool = False,
         at: Int[Array, "B"] | None = None,
+        prompt: bool = False,
     ) -> ModelOutput:
         """Logits of the next token at every place, or at one place of each row.
 
@@ -190,6 +191,8 @@ class Decoder(nnx.Module):
           train: switches on router noise and jitter.
           record: also returns each layer's Routing before and after limits (``docs/traces.md``).
           at: the only place of each row whose logits are wanted (``[B, 1, V]``); those of a long prompt are large.
+          prompt: the cache is empty and padding only follows each row's tokens (:func:`moejax.decode.prefill`):
+            attention then is over these tokens alone, by a fused core where there is one.
         """
         config = self.config
         batch, seq = tokens.shape
@@ -197,6 +200,7 @@ class Decoder(nnx.Module):
             raise ValueError("a cache holds one document for each row: leave segment_ids out")
         start = None if cache is None else cache.length
         attention = attention_input(positions, segment_ids, mask, start, tokens.shape)
+        attention = dataclasses.replace(attention, prompt=prompt)
         ctx = RouteContext(
             key=key, mask=mask, token_ids=tokens, positions=attention.positions, request_ids=segment_ids,
             token_class=token_class, train=train, record=record,
@@ -240,23 +244,24 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, tuple[LayerReport, ...], tuple[BlockCache, ...] | None]:
         repeats = jax.tree.leaves(group)[0].shape[0]
 
-        def body(x: Array, layer: tuple) -> tuple[Array, tuple]:
-            blocks, i, layer_caches, its_windows = layer
+        def body(carry: tuple, layer: tuple) -> tuple[tuple, tuple[LayerReport, ...]]:
+            # Caches stay stacked and go from layer to layer, each writes its own places: no layer's part is copied.
+            (x, caches), (blocks, i, its_windows) = carry, layer
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
             layer_ctx = dataclasses.replace(ctx, key=key)
-            x, reports, new_caches = blocks(x, tokens, layer_ctx, limits, layer_caches, its_windows)
-            return x, (reports, new_caches)
+            its_tokens = tokens if caches is None else dataclasses.replace(tokens, layer=i)
+            x, reports, caches = blocks(x, its_tokens, layer_ctx, limits, caches, its_windows)
+            return (x, caches), reports
 
         run = _rematerialised(body, self.config.remat)
         if self.config.layer_loop == "scan" and repeats > 1:
-            x, (reports, caches) = jax.lax.scan(run, x, (group, jnp.arange(repeats), caches, windows))
+            (x, caches), reports = jax.lax.scan(run, (x, caches), (group, jnp.arange(repeats), windows))
             return x, reports, caches
-        outs = []
+        outs, carry = [], (x, caches)
         for i in range(repeats):
-            x, out = run(x, jax.tree.map(lambda leaf, i=i: leaf[i], (group, jnp.arange(repeats), caches, windows)))
+            carry, out = run(carry, jax.tree.map(lambda leaf, i=i: leaf[i], (group, jnp.arange(repeats), windows)))
             outs.append(out)
-        reports, caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-        return x, reports, caches
+        return carry[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs), carry[1]
 
     def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
         """An empty cache for ``max_len`` tokens in each of ``batch`` rows. What is appended beyond them is not kept."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import decode
 from moejax.attention.inputs import NOWHERE, attention_input
 from moejax.config import RopeConfig
 from tests import moe_fakes as fakes
@@ -66,6 +67,22 @@ def test_padding_on_any_side_equals_none(kind):
         metrics.append(out.metrics)
     for other in metrics[1:]:
         fakes.assert_close(other, metrics[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_fills_a_new_cache_is_continued_like_any_other(kind):
+    """What padding behind the prompt leaves in the cache is seen by nobody."""
+    rows, rest = fakes.tokens(B, S), S - min(LENGTHS)
+    tokens, _ = padded("right", rows)
+    logits, cache = decode.prefill(model(kind), tokens, np.asarray(LENGTHS), WIDTH)
+    np.testing.assert_allclose(logits, [unpadded(kind)[b, n - 1] for b, n in enumerate(LENGTHS)], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(cache.length, LENGTHS)
+    then, real = np.zeros((B, rest), np.int32), np.zeros((B, rest), bool)
+    for b, n in enumerate(LENGTHS):
+        then[b, : S - n], real[b, : S - n] = rows[b, n:], True
+    out = forward(model(kind), then, real, cache)
+    for b, n in enumerate(LENGTHS):
+        np.testing.assert_allclose(out.logits[b, : S - n], unpadded(kind)[b, n:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

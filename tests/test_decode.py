@@ -128,8 +128,8 @@ def test_generation_stops_at_any_of_several_tokens(monkeypatch: pytest.MonkeyPat
 
 
 def test_tokens_are_made_several_at_a_time_and_no_call_follows_the_last(monkeypatch: pytest.MonkeyPatch):
-    calls, first, more = [], decode.forward_cached, decode.extend
-    monkeypatch.setattr(decode, "forward_cached", lambda *a: calls.append(a[1].shape) or first(*a))
+    calls, first, more = [], decode.prefill, decode.extend
+    monkeypatch.setattr(decode, "prefill", lambda *a: calls.append(a[1].shape) or first(*a))
     monkeypatch.setattr(decode, "extend", lambda *a: calls.append((int(a[4]), a[-1])) or more(*a))
     whole = run()
     assert calls == [(3, 6), (1, 8)] and NEW < 9

@@ -42,8 +42,9 @@ def test_rows_of_both_programs_and_none_where_logits_differ(tmp_path: Path, monk
     def rival(folder: Path, asked: dict[str, Any]) -> tuple:
         assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors"}
         logits, _ = decode_speed.filled(kept[-1], decode_speed.prompts(MODEL, 1, asked["context"]), 1, 1)
-        passes = ("prefill/1", "decode/1", "decode/3")
-        return {name: [2.0, 2.0] for name in passes}, np.asarray(logits) + wrong * np.abs(logits).max(), "5.0"
+        exact = np.asarray(logits)
+        told = {"times": {name: [2.0, 2.0] for name in ("prefill/1", "decode/1")}, "version": "5.0"}
+        return told | {"failed": {"decode/3": "no memory"}}, {"exact": exact + wrong, "asked": exact + wrong + 1e-3}
 
     monkeypatch.setattr(decode_speed, "time_rival", rival)
     said: list[str] = []
@@ -51,11 +52,14 @@ def test_rows_of_both_programs_and_none_where_logits_differ(tmp_path: Path, monk
     rows = {(row.row, row.metric): row for row in read_rows(tmp_path / "rows.jsonl")}
     assert len(rows) == 6  # three passes of two programs: a prompt of three rows is filled in slices
     assert rows["transformers", "tokens_per_s/prefill/1"].value == pytest.approx(6 / 2)
-    assert rows["transformers", "tokens_per_s/decode/3"].value == pytest.approx(3 * 2 / 2)
-    assert rows["transformers", "tokens_per_s/decode/3"].extra["logits_error"] < 1e-6
+    assert rows["transformers", "tokens_per_s/decode/1"].value == pytest.approx(2 / 2)
+    extra = rows["transformers", "tokens_per_s/decode/1"].extra
+    assert extra["mean_error"] < 1e-6 < extra["transformers_mean_error"]
+    without = rows["transformers", "tokens_per_s/decode/3"]
+    assert without.value is None and without.extra["not_run"] == "no memory"
     ours = rows["moejax", "tokens_per_s/decode/3"]
     assert ours.value and ours.extra["repeats"] == 2 and ours.extra["implementation"]
-    wrong = 0.1
+    wrong = 2e-3  # twice the other's own error
     assert measure(tmp_path / "none.jsonl", said, rival="transformers") == 1
     assert not (tmp_path / "none.jsonl").exists() and any(line.startswith("WRONG") for line in said)
 

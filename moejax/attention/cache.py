@@ -6,6 +6,7 @@ rotary head dim.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -47,7 +48,24 @@ def empty_cache(config: AttentionConfig, leading: tuple[int, ...], dtype: Any) -
     return KVCache(k=k, v=v)
 
 
-def append(cache: Float[Array, "B M ..."], new: Float[Array, "B S ..."], tokens: AttentionInput) -> Array:
-    """``cache`` with ``new`` at its tokens' places. Padding, and what lies beyond M, is left out."""
+def append(cache: Float[Array, "..."], new: Float[Array, "B S ..."], tokens: AttentionInput) -> Array:
+    """``cache``, ``[B, M, ...]`` or stacked ``[L, B, M, ...]``, with ``new`` at its tokens' places, in the layer that
+    ``tokens`` names. What lies beyond M is left out.
+
+    Only the new places are written, also where layers are stacked, so that a loop over layers that hands the cache on
+    needs no second one. Padding is left out, but behind a prompt: it then lies where the next tokens will be written,
+    and nobody sees it before.
+    """
+    layer = () if tokens.layer is None else (tokens.layer,)
+    new = new.astype(cache.dtype)
+    if tokens.prompt:
+        new = new[:, : cache.shape[len(layer) + 1]]
+        rest = (0,) * new.ndim
+        return jax.lax.dynamic_update_slice(cache, new if not layer else new[None], (*layer, *rest))
     rows = jnp.arange(new.shape[0])[:, None]
-    return cache.at[rows, tokens.index].set(new.astype(cache.dtype), mode="drop")
+    return cache.at[(*layer, rows, tokens.index)].set(new, mode="drop")
+
+
+def seen(cache: Float[Array, "..."], tokens: AttentionInput) -> Float[Array, "B M ..."]:
+    """The part of ``cache``, as in :func:`append`, that belongs to the layer that ``tokens`` names."""
+    return cache if tokens.layer is None else jax.lax.dynamic_index_in_dim(cache, tokens.layer, keepdims=False)

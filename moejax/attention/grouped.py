@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from moejax.attention.cache import KVCache, LayerCache, append
+from moejax.attention.cache import KVCache, LayerCache, append, seen
 from moejax.attention.inputs import AttentionInput, attention_mask, cache_mask, shares
 from moejax.config import AttentionConfig
 from moejax.norm import RMSNorm
@@ -55,18 +55,22 @@ class Attention(nnx.Module):
         q = self._project(x, self.q, self.q_bias, self.q_norm, tokens.positions)
         k = self._project(x, self.k, self.k_bias, self.k_norm, tokens.positions)
         v = self._project(x, self.v, self.v_bias, None, None)
-        if cache is None:
+        if cache is not None:
+            assert isinstance(cache, KVCache)
+            cache = KVCache(k=append(cache.k, k, tokens), v=append(cache.v, v, tokens))
+        alone = cache is None or tokens.prompt  # what is attended to is the new tokens
+        if alone:
             mask = attention_mask(tokens, tokens.index, tokens.segment_ids)
         else:
             assert isinstance(cache, KVCache)
-            cache = KVCache(k=append(cache.k, k, tokens), v=append(cache.v, v, tokens))
-            k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
+            k, v = (seen(leaf, tokens).astype(x.dtype) for leaf in (cache.k, cache.v))
             mask = cache_mask(tokens, k.shape[1])
         with jax.named_scope("attention"):
             if self.sinks is None:
+                causal = tokens.prompt and tokens.window is None  # all that the mask says: a fused core skips half
                 y = jax.nn.dot_product_attention(
-                    q, k, v, mask=mask, scale=self.config.softmax_scale or None,
-                    implementation=self._implementation(x, cache),
+                    q, k, v, mask=None if causal else mask, is_causal=causal, scale=self.config.softmax_scale or None,
+                    implementation=self._implementation(x, alone),
                 )  # fmt: skip
             else:
                 y = self._with_sinks(q, k, v, mask, self.sinks[...])
@@ -103,8 +107,8 @@ class Attention(nnx.Module):
         p = shares(scores, mask, sinks).astype(v.dtype).reshape(batch, k.shape[2], -1, seq, k.shape[1])
         return jnp.einsum("bgjsm,bmgn->bsgjn", p, v).reshape(q.shape)
 
-    def _implementation(self, x: Array, cache: LayerCache | None) -> Literal["xla", "cudnn"]:
+    def _implementation(self, x: Array, alone: bool) -> Literal["xla", "cudnn"]:
         if self.config.implementation != "auto":
             return self.config.implementation
-        fits = x.dtype == jnp.bfloat16 and cache is None and self.config.head_dim in (64, 128) and x.shape[1] % 64 == 0
+        fits = x.dtype == jnp.bfloat16 and alone and self.config.head_dim in (64, 128) and x.shape[1] % 64 == 0
         return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.types import pytree
+from moejax.types import pytree, static
 
 NOWHERE = 2**30
 """Place of padding: beyond every cache and every window."""
@@ -30,6 +30,10 @@ class AttentionInput:
     window: Int[Array, ""] | None = None
     """A query sees this many last places, its own included. None: all. Data, so that layers with and without a window
     are one program."""
+    layer: Int[Array, ""] | None = None
+    """Which of a cache's stacked layers is this one's. None: the cache is of one layer."""
+    prompt: bool = static(False)
+    """The cache is empty and padding only follows each row's tokens: attention is causal over the new tokens alone."""
 
 
 def attention_input(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from moejax.attention.cache import LatentCache, LayerCache, append
+from moejax.attention.cache import LatentCache, LayerCache, append, seen
 from moejax.attention.inputs import AttentionInput, attention_mask, cache_mask, shares
 from moejax.config import AttentionConfig
 from moejax.norm import RMSNorm
@@ -25,7 +25,8 @@ class LatentAttention(nnx.Module):
     ``v_h = c W_v_h`` (equations 9 to 19 of the paper; queries likewise where ``query_rank`` is set).
 
     With a cache, only ``c`` and the rotary key are kept, and the up-projections are absorbed (section 2.1.2): scores
-    are ``(q_h W_k_h^T) c``, and ``W_v_h`` follows the weighted sum of ``c``. Without one, keys and values are computed.
+    are ``(q_h W_k_h^T) c``, and ``W_v_h`` follows the weighted sum of ``c``. Without one, and for a prompt, keys and
+    values are computed.
     Both are plain XLA: the fused cores of ``jax.nn.dot_product_attention`` want values as wide as keys.
     """
 
@@ -68,17 +69,18 @@ class LatentAttention(nnx.Module):
         k_rope = rotary(k_rope, tokens.positions, config.rope_theta, config.rope)[:, :, 0]
         k_up, v_up = self.k_up[...].astype(x.dtype), self.v_up[...].astype(x.dtype)
         with jax.named_scope("attention"):
-            if cache is None:
+            if cache is not None:
+                assert isinstance(cache, LatentCache)
+                cache = LatentCache(
+                    latent=append(cache.latent, latent, tokens), k_rope=append(cache.k_rope, k_rope, tokens)
+                )
+            if cache is None or tokens.prompt:
                 mask = attention_mask(tokens, tokens.index, tokens.segment_ids)
                 k, v = (jnp.einsum("bmr,rhn->bmhn", latent, up) for up in (k_up, v_up))
                 scores = jnp.einsum("bshn,bmhn->bhsm", q, k, preferred_element_type=jnp.float32)
                 y = jnp.einsum("bhsm,bmhu->bshu", self._shares(scores, q_rope, k_rope, mask), v)
             else:
-                assert isinstance(cache, LatentCache)
-                cache = LatentCache(
-                    latent=append(cache.latent, latent, tokens), k_rope=append(cache.k_rope, k_rope, tokens)
-                )
-                latent, k_rope = cache.latent.astype(x.dtype), cache.k_rope.astype(x.dtype)
+                latent, k_rope = (seen(leaf, tokens).astype(x.dtype) for leaf in (cache.latent, cache.k_rope))
                 mask = cache_mask(tokens, latent.shape[1])
                 q = jnp.einsum("bshn,rhn->bshr", q, k_up)
                 scores = jnp.einsum("bshr,bmr->bhsm", q, latent, preferred_element_type=jnp.float32)
