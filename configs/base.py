@@ -22,10 +22,15 @@ def get_config() -> ConfigDict:
     config.model.dim = 128
     config.model.ffn_dim = 512  # hidden width of dense FFN layers
     config.model.activation = "swiglu"  # swiglu | geglu | gelu | relu | swiglu_clamped
+    config.model.mtp_layers = 0  # modules that predict a token further each
     config.model.wiring = "standard"  # standard | longcat
     config.model.tie_embeddings = True
     config.model.scale_embeddings = True
     config.model.norm_eps = 1e-6
+    config.model.norm = "rms"  # rms | layer | layer_bias
+    config.model.sandwich_norm = False  # norms after attention and FFN too
+    config.model.logit_scale = 1.0
+    config.model.logit_bias = False
     config.model.logit_softcap = 0.0
     config.model.init_scale = 1.0
     config.model.compute_dtype = "bfloat16"  # parameters are float32 always
@@ -45,6 +50,13 @@ def get_config() -> ConfigDict:
     config.model.attention.sinks = False  # a learned logit for each head in the softmax
     config.model.attention.window = 0  # tokens that a query sees; 0: all
     config.model.attention.window_layers = ()  # layers that have the window; (): all
+    config.model.attention.window_kind = "sliding"  # sliding | chunks
+    config.model.attention.no_rope_layers = ()  # layers without rotary positions
+    config.model.attention.temperature = 0.0  # of their queries, growing with the position; 0: none
+    config.model.attention.temperature_length = 8192
+    config.model.attention.qk_unit_norm = False  # norm without a scale after rotation
+    config.model.attention.clip_qkv = 0.0  # 0: not
+    config.model.attention.score_softcap = 0.0  # 0: none
     config.model.attention.softmax_scale = 0.0  # 0: 1 / sqrt(query head's dimensions)
     config.model.attention.query_rank = 0  # latent attention: this and the next four
     config.model.attention.latent_rank = 0
@@ -56,7 +68,7 @@ def get_config() -> ConfigDict:
     config.model.attention.rope = ConfigDict()
     config.model.attention.rope.layout = "halves"  # halves | interleaved
     config.model.attention.rope.fraction = 1.0  # share of the head's dimensions that rotate
-    config.model.attention.rope.scaling = "none"  # none | linear | yarn | llama3
+    config.model.attention.rope.scaling = "none"  # none | linear | yarn | llama3 | longrope
     config.model.attention.rope.factor = 1.0
     config.model.attention.rope.original_length = 0
     config.model.attention.rope.beta_fast = 32.0
@@ -67,6 +79,10 @@ def get_config() -> ConfigDict:
     config.model.attention.rope.attention_factor = 0.0
     config.model.attention.rope.low_freq_factor = 1.0
     config.model.attention.rope.high_freq_factor = 4.0
+    config.model.attention.rope.short_factor = ()  # longrope: this and the next three
+    config.model.attention.rope.long_factor = ()
+    config.model.attention.rope.short_mscale = 1.0
+    config.model.attention.rope.long_mscale = 1.0
 
     config.model.moe = ConfigDict()
     config.model.moe.num_experts = 8
@@ -78,10 +94,16 @@ def get_config() -> ConfigDict:
     config.model.moe.shared_dim = 0  # width of the shared FFN; 0: shared_experts * expert_dim
     config.model.moe.dense_layers = ()  # further dense layers, by index
     config.model.moe.expert_bias = False
+    config.model.moe.weigh = "output"  # output | input: what the gate weight multiplies
     config.model.moe.zero_experts = 0  # experts that return their input, beside num_experts
     config.model.moe.capacity_factor = 0.0  # 0: dropless
     config.model.moe.capacity_order = "score"  # score | order | reverse | random
-    config.model.moe.dispatcher = "local"  # local | dense
+    config.model.moe.capacity_limits = ()  # any limits instead, ("expanded_drop:factor=1.5",): docs/limits.md
+    config.model.moe.dispatcher = "local"  # local | ep | dense
+    config.model.moe.ep_exchange = "auto"  # auto | padded | ragged | chunked
+    config.model.moe.ep_buffer_factor = 0.0  # 0: the worst case; rows as a multiple of an even share
+    config.model.moe.ep_chunks = 2  # pieces of tokens for "chunked"
+    config.model.moe.virtual_ranks = 1  # ranks that limits see on one device
     config.model.moe.implementation = "auto"  # back end of the grouped matmul
     config.model.moe.losses = ConfigDict({"balance": 0.01, "z": 0.001})
 
@@ -97,6 +119,7 @@ def get_config() -> ConfigDict:
     config.model.moe.router.groups = 1  # group-limited top-k: groups of consecutive experts ...
     config.model.moe.router.groups_kept = 1  # ... of which each token takes so many
     config.model.moe.router.group_score = "max"  # max | top2_sum
+    config.model.moe.router.mask_margin = 0.01  # sparsemixer: how much worse a rival may be, halved
 
     config.data = ConfigDict()
     config.data.source = "builtin"  # builtin | files
@@ -121,6 +144,7 @@ def get_config() -> ConfigDict:
     config.train.b1 = 0.9
     config.train.b2 = 0.95
     config.train.clip_norm = 1.0
+    config.train.mtp_weight = 0.0  # of the loss of model.mtp_layers
     config.train.seed = 0
     config.train.log_every = 10
     config.train.eval_every = 100
@@ -150,6 +174,7 @@ def get_config() -> ConfigDict:
     config.table = ConfigDict()
     config.table.name = ""  # module under experiments/papers
     config.table.seeds = ()
+    config.table.tables = ("1",)  # of the module's tables those that are made
     config.table.arms = ()
     config.table.factors = ()
     config.table.margin = 0.005

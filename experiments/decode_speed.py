@@ -48,19 +48,23 @@ Times = dict[str, list[float]]
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Decoder:
-    """A model whose matrices have the type of the computation, as imported ones do; made where it stays."""
+    """A model whose matrices have the type of the computation, as imported ones do, and whose other arrays no more
+    digits, as the rival has them; made where it stays."""
 
     def make() -> Decoder:
         model = build(config, seed)
         graph, state = nnx.split(model)
         paths = dict(nnx.to_flat_state(state))
         cast = {
-            path: leaf if importers.is_float32("/".join(map(str, path))) else leaf.replace(leaf[...].astype(dtype))
+            path: leaf.replace(jax.lax.reduce_precision(leaf[...], digits.nexp, digits.nmant).astype(
+                leaf.dtype if importers.is_float32("/".join(map(str, path))) else dtype
+            ))
             for path, leaf in paths.items()
         }
         return nnx.merge(graph, nnx.from_flat_state(cast))
 
     dtype = jnp.dtype(config.compute_dtype)
+    digits = jnp.finfo(dtype)
     return jax.jit(make)()
 
 

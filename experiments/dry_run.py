@@ -3,13 +3,14 @@
 import os
 import sys
 
+import jax.numpy as jnp
 from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from experiments import session
-from moejax import plan, pretrained
+from moejax import importers, plan, pretrained
 from moejax.config import ConfigError, ExperimentConfig, config_hash, from_mapping
 from moejax.plan import text
 
@@ -64,7 +65,9 @@ def command(values: flags.FlagValues) -> int:
         _report([str(p) for p in problems])
         return 2
     counted, note = plan.with_vocabulary(config)
-    made = plan.make(counted, mesh, values.platform or plan.platform_of(config))
+    kept = not config.train.steps and importers.is_hugging_face(config.init_from)
+    weight_bytes = jnp.dtype(config.model.compute_dtype).itemsize if kept else jnp.dtype(jnp.float32).itemsize
+    made = plan.make(counted, mesh, values.platform or plan.platform_of(config), weight_bytes)
     notes = [note] if note else []
     if asked.data == -1:
         notes.append("mesh.data=-1 takes all devices of a run; planned for one: --mesh=data=N for more")
@@ -100,6 +103,8 @@ def _show(made: plan.Plan, notes: list[str], config: ExperimentConfig) -> None:
 def _compile(made: plan.Plan) -> None:
     from moejax.plan import compiled  # it needs the training step, and so the whole library
 
+    if made.train is None:
+        raise ConfigError("--dry_run_compile compiles the training step, and train.steps=0 has none: leave it out")
     if not made.config.model.vocab_size:
         raise ConfigError("--dry_run_compile needs the vocabulary: set --config.model.vocab_size")
     # XLA plans memory while it compiles; a GPU's memory is not taken for that.

@@ -1,8 +1,10 @@
 """Writes a checkpoint as a Hugging Face folder, for transformers, vLLM and whatever else reads those.
 
     python -m experiments.export --checkpoint=runs/mine --output=runs/mine-hf [--format=fused] [--dtype=bfloat16]
+        [--mtp]
 
-``--checkpoint`` is a workdir, a step folder or a Hugging Face folder. ``--output`` must be new or empty, and appears
+``--checkpoint`` is a workdir, a step folder or a Hugging Face folder, of which ``--mtp`` also reads the
+multi-token-prediction modules. ``--output`` must be new or empty, and appears
 when it is complete: config.json, safetensors (with an index where they are several files), and the tokenizer files of
 the published model, where the weights came from one. A model that no supported family computes the same way is refused.
 """
@@ -34,6 +36,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
         "Experts as 2-D tensors for each, as published, or as transformers 5 keeps them.",
         flag_values=values,
     )
+    session.define_mtp_flag(values)
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16"], "Type of matrices. Default: that of the weights.", flag_values=values
     )
@@ -51,7 +54,7 @@ def command(values: flags.FlagValues) -> int:
             raise ConfigError(f"--{name} is missing: see python -m experiments.export --help")
     output = Path(values.output).expanduser()
     importers.check_new(output)  # before minutes of reading
-    model, config, _ = pretrained.open_model(values.checkpoint, compute_dtype=values.dtype)
+    model, config, _ = pretrained.open_model(values.checkpoint, compute_dtype=values.dtype, mtp=values.mtp)
     written, limit = model.config, model.config.moe.capacity_factor
     if limit and not values.dropless:
         raise ConfigError(

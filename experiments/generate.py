@@ -3,6 +3,7 @@
     python -m experiments.generate --checkpoint=runs/ca --prompt="def main(" [--max_new_tokens=200]
     python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --temperature=0.8 --top_k=40 --seed=1
     python -m experiments.generate --checkpoint=OLMoE-1B-7B-Instruct --prompt="Why is the sky blue?" --chat
+    python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --limit=token_drop:factor=1.5 [--limit_decode]
 
 At ``--temperature=0`` (the default) every token is the most likely one. The text ends at an end token of the model.
 ``--chat`` puts the prompt into the model's own chat template. Tokens per second are printed at the end.
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import session
+from experiments import limit_flags, session
 from moejax import decode
 from moejax.config import ConfigError, DataConfig
 from moejax.data import Tokenizer, load_corpus, load_tokenizer
@@ -25,6 +26,7 @@ from moejax.data.pretrained import PretrainedTokenizer
 from moejax.dispatch import token_shards
 from moejax.model import Decoder
 from moejax.pretrained import open_model
+from moejax.types import Limit
 
 
 def tokenizer_of(data: DataConfig, saved: dict[str, Any], vocab_size: int = 0) -> Tokenizer:
@@ -64,6 +66,10 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer, saved: dict[str, Any
         )
 
 
+CONTEXT = 8
+"""Tokens of the prompt that the first piece is decoded with."""
+
+
 def stream(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -75,6 +81,8 @@ def stream(
     seed: int = 0,
     chat: bool = False,
     made: list[int] | None = None,
+    limits: tuple[Limit, ...] = (),
+    limit_steps: bool = False,
 ) -> Iterator[str]:
     """Pieces of the continuation of ``prompt``, each of whole characters.
 
@@ -84,6 +92,7 @@ def stream(
     Args:
       chat: the prompt is what a user says, in the model's chat template.
       made: takes the ids that are made.
+      limits, limit_steps: as in :func:`moejax.decode.generate`.
 
     Raises:
       ConfigError: ``chat`` without a chat template; an empty prompt for a model that begins with no token of its own.
@@ -102,7 +111,9 @@ def stream(
     if not len(start):
         raise ConfigError("--prompt='': this model's tokenizer begins with no token of its own; give some text")
     made = [] if made is None else made
-    shown = len(tokenizer.decode(start))  # decoded together: some vocabularies mark a space by the next token
+    ids = start.tolist()
+    # A piece is decoded with what stands before it: some vocabularies mark a space by the next token.
+    begin, end = max(0, len(ids) - CONTEXT), len(ids)
     tokens = decode.generate(
         model,
         [start] * token_shards(),  # every device has a row
@@ -110,13 +121,21 @@ def stream(
         sampler=known,
         key=jax.random.key(seed),
         stop_id=tokenizer.stop_ids,
+        limits=limits,
+        limit_steps=limit_steps,
     )
     for token in tokens:
         made.append(int(token[0]))
-        whole = tokenizer.decode([*start, *made]).rstrip("\ufffd")  # perhaps the first bytes of a character
-        yield whole[shown:]
-        shown = max(len(whole), shown)  # bytes that follow may make a character that was shown unreadable for a while
-    yield tokenizer.decode([*start, *made])[shown:]
+        ids.append(made[-1])
+        text = tokenizer.decode(ids[begin:])
+        if text.endswith("\ufffd"):  # perhaps the first bytes of a character: shown when it is whole
+            yield ""
+            continue
+        piece = text[len(tokenizer.decode(ids[begin:end])) :]
+        if piece:  # special tokens give none, and a space after them is a space still
+            begin, end = end, len(ids)
+        yield piece
+    yield tokenizer.decode(ids[begin:])[len(tokenizer.decode(ids[begin:end])) :]
 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
@@ -131,6 +150,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16"], "Type of the computation. Default: the config's.", flag_values=values
     )
+    limit_flags.define_flags(values)
     session.define_mesh_flag(values)
 
 
@@ -157,6 +177,8 @@ def command(values: flags.FlagValues) -> int:
             seed=values.seed,
             chat=values.chat,
             made=made,
+            limits=limit_flags.given(values, model.config),
+            limit_steps=values.limit_decode,
         )
         sys.stdout.write("" if values.chat else values.prompt)
         begin = time.monotonic()

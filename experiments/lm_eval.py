@@ -3,6 +3,7 @@
     pip install 'moejax[eval]'
     python -m experiments.lm_eval --checkpoint=runs/ca --tasks=lambada_openai,arc_easy [--num_fewshot=5] [--limit=100]
         [--batch_size=8] [--max_length=2048] [--add_bos_token] [--output=results.json]
+    python -m experiments.lm_eval --checkpoint=runs/ca --tasks=arc_easy --capacity_limit=token_drop:factor=1.5
     python -m experiments.lm_eval --checkpoint=runs/ca --tasks=mine --include_path=FOLDER    # tasks of one's own
 
 From Python: ``lm_eval.simple_evaluate(model=experiments.lm_eval.open_model("runs/ca"), tasks=[...])``. The definitions
@@ -11,7 +12,7 @@ are lm-eval's (``docs/tasks.md``).
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,33 +23,36 @@ from absl import flags
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from experiments import session
+from experiments import limit_flags, session
 from experiments.generate import tokenizer_of
 from moejax import decode
-from moejax.config import ConfigError
+from moejax.config import ConfigError, ModelConfig
 from moejax.evaluate.harness import GenerateFn, Harness, adapt
 from moejax.evaluate.scoring import Batch, ScoreFn
 from moejax.model import Decoder
 from moejax.pretrained import open_model as open_weights
 from moejax.results import write_atomically
 from moejax.train import token_nll
+from moejax.types import Limit
 
 
-def score_fn(model: Decoder, vocab_size: int, *, dropless: bool) -> ScoreFn:
+def score_fn(model: Decoder, vocab_size: int, *, dropless: bool, limits: tuple[Limit, ...] | None = None) -> ScoreFn:
     """Log-probabilities of targets under the model, and whether each is the likeliest of the tokenizer's ids.
 
     Args:
       model: computes in its ``compute_dtype``, log-probabilities in float32.
       vocab_size: of the tokenizer; the model's is padded.
       dropless: without the config's limits, so that the answer to one request does not depend on the others.
+      limits: these instead, whatever ``dropless`` says; they act within a batch.
     """
+    in_force = limits or (() if dropless else None)
     graph, state = nnx.split(model)
 
     @jax.jit
     def run(state: nnx.State, batch: dict[str, Array]) -> tuple[Array, Array]:
         out = nnx.merge(graph, state)(
             batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], mask=batch["mask"],
-            limits=() if dropless else None, key=jax.random.key(0),
+            limits=in_force, key=jax.random.key(0),
         )  # fmt: skip
         greedy = jnp.argmax(out.logits[..., :vocab_size], axis=-1) == batch["targets"]
         return -token_nll(out.logits, batch["targets"]), greedy
@@ -60,14 +64,19 @@ def score_fn(model: Decoder, vocab_size: int, *, dropless: bool) -> ScoreFn:
     return score
 
 
-def generate_fn(model: Decoder, vocab_size: int) -> GenerateFn:
-    """Greedy decoding; ids that the tokenizer does not have are never chosen. Dropless, as all decoding is."""
+def generate_fn(
+    model: Decoder, vocab_size: int, limits: tuple[Limit, ...] = (), limit_steps: bool = False
+) -> GenerateFn:
+    """Greedy decoding; ids that the tokenizer does not have are never chosen. Dropless but for ``limits``, which act on
+    prompts, and on each step with ``limit_steps``."""
+
+    how: dict[str, Any] = {"limits": limits, "limit_steps": limit_steps} if limits else {}
 
     def known(logits: Float[Array, "B V"], key: Array) -> Int[Array, "B"]:
         return decode.greedy(logits[:, :vocab_size], key)
 
     def generate(prompts: list[np.ndarray], max_new_tokens: int, pad_to: int) -> Iterator[np.ndarray]:
-        return decode.generate(model, prompts, max_new_tokens, sampler=known, pad_to=pad_to)
+        return decode.generate(model, prompts, max_new_tokens, sampler=known, pad_to=pad_to, **how)
 
     return generate
 
@@ -78,6 +87,8 @@ def open_harness(
     dtype: Literal["float32", "bfloat16"] | None = None,
     max_length: int | None = None,
     dropless: bool = True,
+    limits: Callable[[ModelConfig], tuple[Limit, ...]] = lambda model: (),
+    limit_steps: bool = False,
     **options: Any,
 ) -> tuple[Harness, str]:
     """(the checkpoint's model as `Harness`, its name: model name, step and tokenizer).
@@ -87,6 +98,8 @@ def open_harness(
       dtype: of the computation; None: the config's.
       max_length: tokens that the model sees at once; None: the sequence length of its training.
       dropless: without the config's limits (capacity factor); generation is always so.
+      limits: of the checkpoint's model, the limits in force instead.
+      limit_steps: they act on the steps of generation too.
       options: further fields of `Harness`.
 
     Raises:
@@ -94,10 +107,10 @@ def open_harness(
     """
     model, config, meta = open_weights(checkpoint, compute_dtype=dtype)
     tokenizer = tokenizer_of(config.data, meta.get("data", {}), model.config.vocab_size)
-    size = tokenizer.vocab_size
+    size, in_force = tokenizer.vocab_size, limits(model.config)
     harness = Harness(
-        score_fn(model, size, dropless=dropless),
-        generate_fn(model, size),
+        score_fn(model, size, dropless=dropless, limits=in_force),
+        generate_fn(model, size, in_force, limit_steps),
         tokenizer,
         max_length or config.data.seq_len,
         **options,
@@ -125,6 +138,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_integer("max_gen_toks", 256, "Tokens to generate where a task says nothing.", 1, flag_values=values)
     flags.DEFINE_bool("add_bos_token", False, "Begin contexts with the end-of-text token.", flag_values=values)
     flags.DEFINE_bool("dropless", True, "Score without the model's own capacity limits.", flag_values=values)
+    limit_flags.define_flags(values, "capacity_limit")
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16"], "Type of the computation. Default: the config's.", flag_values=values
     )
@@ -148,6 +162,8 @@ def command(values: flags.FlagValues) -> int:
         dtype=values.dtype,
         max_length=values.max_length,
         dropless=values.dropless,
+        limits=lambda model: limit_flags.given(values, model, "capacity_limit"),
+        limit_steps=values.limit_decode,
         batch_size=values.batch_size,
         add_bos_token=values.add_bos_token,
         max_gen_toks=values.max_gen_toks,
@@ -193,6 +209,8 @@ def evaluate(harness: Harness, name: str, manager: Any, values: flags.FlagValues
         print(make_table(results, "groups"))
     if values.output:
         settings = {n: values[n].value for n in ("add_bos_token", "dropless", "dtype", "num_fewshot", "limit")}
+        if values.capacity_limit:
+            settings |= {"capacity_limit": values.capacity_limit, "limit_decode": values.limit_decode}
         settings |= {"max_length": harness.max_length, "batch_size": harness.batch_size, "lm_eval": lm_eval.__version__}
         table = {"model": name, "settings": settings} | results
         write_atomically(Path(values.output), json.dumps(table, indent=1, default=handle_non_serializable) + "\n")

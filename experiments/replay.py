@@ -2,16 +2,20 @@
 
     python -m experiments.replay --trace=trace.npz --factors=0.5,1,1.5 [--orders=score,random]
     python -m experiments.replay --trace=trace.npz --config=FILE --config.model.moe.router.k=1 --output=out.npz
+    python -m experiments.replay --trace=trace.npz --limit=device_budget:factor=1,ranks=4 --limit=reroute:factor=1
+    python -m experiments.replay --trace=trace.npz --fit_factors=1.0
     python -m experiments.replay --trace=trace.npz --policy=lru --cached=2,4,8
 
-Router and limits are those of ``--config`` (default: the run's own), limits swept by ``--factors`` and ``--orders``.
+Router and limits are those of ``--config`` (default: the run's own), limits swept by ``--factors`` and ``--orders``,
+or named by ``--limit`` (``docs/limits.md``); ``--fit_factors`` prints a factor for each layer.
 ``--output`` takes the decisions, in the format of a trace. Exact for the first MoE layer; a later layer's input would
 have changed with the earlier ones' decisions, and its figures are of the recorded input (``docs/traces.md``).
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +46,13 @@ def numbers(values: flags.FlagValues, name: str, kind: type) -> list[Any]:
     return made
 
 
-def sweep(moe: MoEConfig, factors: list[float], orders: list[str]) -> list[MoEConfig]:
-    """``moe`` under each order and factor; the dropless one (factor 0) once."""
+def sweep(moe: MoEConfig, factors: list[float], orders: list[str], texts: Sequence[str] = ()) -> list[MoEConfig]:
+    """``moe`` under each order and factor, the dropless one (factor 0) once; or under each limit of ``texts``."""
+    if texts:
+        return [dataclasses.replace(moe, capacity_factor=0.0, capacity_limits=(text,)) for text in texts]
     made: dict[MoEConfig, None] = {}
+    if factors:
+        moe = dataclasses.replace(moe, capacity_limits=())
     for order in orders or [moe.capacity_order]:
         for factor in factors or [moe.capacity_factor]:
             # Without a limit no order acts: one entry, whatever orders are swept.
@@ -60,9 +68,11 @@ def name_of(moe: MoEConfig) -> str:
 
 
 def output_of(output: Path, moe: MoEConfig, settings: int) -> Path:
-    """The file of one setting: ``output``, or with several of them its name with order and factor."""
+    """The file of one setting: ``output``, or with several of them its name with what it limits."""
     if settings == 1:
         return output
+    if moe.capacity_limits:
+        return output.with_stem(f"{output.stem}-{re.sub(r'[^a-z0-9.]+', '-', '-'.join(moe.capacity_limits))}")
     return output.with_stem(f"{output.stem}-{moe.capacity_order}-{moe.capacity_factor:g}")
 
 
@@ -151,6 +161,10 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_string("output", None, "File for the decisions, a trace again; several settings: one each.", **add)
     flags.DEFINE_list("factors", [], "Capacity factors to sweep; 0: no limit. Default: the config's.", **add)
     flags.DEFINE_list("orders", [], "Capacity orders to sweep. Default: the config's.", **add)
+    flags.DEFINE_multi_string("limit", [], "A limit, e.g. expanded_drop:factor=1.5; several: a setting each.", **add)
+    flags.DEFINE_float(
+        "fit_factors", None, "Mean of a capacity factor for each layer, fitted to the trace.", 0.0, **add
+    )
     flags.DEFINE_integer("ranks", 0, "Ranks to split each batch over; 0: as recorded.", lower_bound=0, **add)
     flags.DEFINE_string("policy", None, f"Of an expert store: {', '.join(sorted(replay.POLICIES))}.", **add)
     flags.DEFINE_list("cached", [], "Experts of each layer that the store holds. Default: a quarter, a half.", **add)
@@ -173,7 +187,17 @@ def command(values: flags.FlagValues) -> int:
     with trace.read(values.trace) as source:
         config = source.config if values.config is None else session.read_config(values.config)
         sizes = tuple(sizes or sorted({max(1, source.num_experts // 4), max(1, source.num_experts // 2)}))
-        moes = sweep(config.model.moe, factors, values.orders)
+        if values.limit and (factors or values.orders):
+            raise ConfigError("--limit says the whole limit: leave --factors and --orders out, or --limit")
+        if values.fit_factors is not None:
+            chosen, (fitted, even) = replay.fit_layer_factors(
+                source, config.model.moe, values.fit_factors, values.ranks
+            )  # fmt: skip
+            text = "/".join(f"{factor:g}" for factor in chosen)
+            print(f"--limit=token_drop:factor={text}\ngate weight lost in these layers' recorded inputs: {fitted:.3%}, "
+                  f"with factor {values.fit_factors:g} in all {even:.3%}", flush=True)  # fmt: skip
+            return 0
+        moes = sweep(config.model.moe, factors, values.orders, values.limit)
         if values.orders and not any(moe.capacity_factor for moe in moes):
             raise ConfigError(f"--orders={','.join(values.orders)} order nothing: add --factors")
         settings = [replay.setting_of(moe, source, values.ranks) for moe in moes]

@@ -189,6 +189,8 @@ def run_command(
         epochs = ", ".join(f"{d} {e:.2f} epochs" for d, e in facts["data"]["epochs"].items() if config.train.steps)
         say(f"data {corpus.hash}" + (f": {epochs}" if epochs else ""))
         say(f"experts on {facts['device']} by grouped_ffn back end {facts['grouped_matmul']['implementation']!r}")
+        for line in session.exchange_line(facts["expert_parallelism"]):
+            say(line)
         runs: dict[int, Run] = {}
         for seed in seeds:
             folder = workdir if seed == seeds[0] else workdir / "seeds" / str(seed)

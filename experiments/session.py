@@ -23,12 +23,12 @@ from ml_collections import config_flags
 
 import kernels_pallas
 from kernels_pallas.grouped_matmul.ffn import Weights
-from moejax import checkpoint, count, pretrained, sharding, validate
+from moejax import checkpoint, count, dispatch, plan, pretrained, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, config_hash, from_mapping, to_dict
 from moejax.data import Corpus
 from moejax.experts import GATED
 from moejax.interrupt import EXIT_CODE
-from moejax.plan import parse_mesh
+from moejax.plan import parse_mesh, sizes
 from moejax.results import ResultsError, environment_facts, write_atomically
 
 flags.disclaim_key_flags()  # what is defined here is a flag of the command that asked for it, and in its --help
@@ -131,6 +131,12 @@ def define_checkpoint_flag(values: flags.FlagValues) -> None:
         "Workdir, its checkpoints folder, one step folder, or a Hugging Face folder.",
         flag_values=values,
     )  # fmt: skip
+
+
+def define_mtp_flag(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool(
+        "mtp", False, "Also the multi-token-prediction modules of the weights, all that there are.", flag_values=values
+    )
 
 
 def define_mesh_flag(values: flags.FlagValues) -> None:
@@ -322,6 +328,37 @@ def command_line() -> str:
     return " ".join(["python -m", f"experiments.{module}", *(shlex.quote(a) for a in arguments)])
 
 
+def exchange_facts(config: ExperimentConfig, token_shards: int) -> dict[str, Any] | None:
+    """How rows travel under expert parallelism, and how many each device reserves for a training micro-batch; None
+    where tokens stay on their device.
+
+    Raises:
+      ConfigError: an exchange that this platform lacks.
+    """
+    moe, ranks = config.model.moe, config.mesh.expert
+    if moe.dispatcher != "ep" or ranks == 1 or token_shards % ranks:  # on fewer devices than the config's it is local
+        return None
+    exchange = dispatch.ExpertParallel(moe).transport
+    mesh = dataclasses.replace(config.mesh, data=token_shards // ranks)
+    planned = sizes.make(config, mesh, plan.platform_of(config), train=True)
+    return {
+        "exchange": exchange, "pieces": len(dispatch.pieces(moe, planned.tokens)), "ranks": ranks,
+        "experts_of_a_rank": planned.experts, "rows": planned.rows, "buffer_factor": moe.ep_buffer_factor,
+    }  # fmt: skip
+
+
+def exchange_line(facts: dict[str, Any] | None) -> list[str]:
+    """What a person is told of :func:`exchange_facts`, as no line or one."""
+    if facts is None:
+        return []
+    held = f"{facts['buffer_factor']:g} times an even share" if facts["buffer_factor"] else "the worst case"
+    pieces = f" in {facts['pieces']} pieces" if facts["pieces"] > 1 else ""
+    return [
+        f"experts over {facts['ranks']} ranks, {facts['experts_of_a_rank']} each; rows travel by "
+        f"{facts['exchange']!r} exchange{pieces}, {facts['rows']:,} rows reserved on each device ({held})"
+    ]
+
+
 def grouped_matmul_facts(config: ExperimentConfig, token_shards: int) -> dict[str, Any]:
     """Which back end computes the experts here, and why the others do not.
 
@@ -330,15 +367,18 @@ def grouped_matmul_facts(config: ExperimentConfig, token_shards: int) -> dict[st
     """
     model, moe = config.model, config.model.moe
     dtype = jnp.dtype(model.compute_dtype)
-    pairs = config.train.batch_size // config.train.accumulate * config.data.seq_len * moe.router.k // token_shards
-    up = jax.ShapeDtypeStruct((moe.num_experts, model.dim, moe.expert_dim), dtype)
-    down = jax.ShapeDtypeStruct((moe.num_experts, moe.expert_dim, model.dim), dtype)
+    exchange = exchange_facts(config, token_shards)
+    tokens = config.train.batch_size // config.train.accumulate * config.data.seq_len // token_shards
+    pairs = exchange["rows"] if exchange else tokens * moe.router.k
+    num_experts = moe.num_experts // (exchange["ranks"] if exchange else 1)
+    up = jax.ShapeDtypeStruct((num_experts, model.dim, moe.expert_dim), dtype)
+    down = jax.ShapeDtypeStruct((num_experts, moe.expert_dim, model.dim), dtype)
     shapes: Any = (up if model.activation in GATED else None, up, down)
     weights = Weights(*shapes)
     try:
         explanation = kernels_pallas.GROUPED_FFN.explain(
             jax.ShapeDtypeStruct((pairs, model.dim), dtype),
-            jax.ShapeDtypeStruct((moe.num_experts,), jnp.int32),
+            jax.ShapeDtypeStruct((num_experts,), jnp.int32),
             weights,
             model.activation,
             implementation=None if moe.implementation == "auto" else moe.implementation,
@@ -391,6 +431,7 @@ def write_env(
         "process_count": jax.process_count(),
         "config_hash": config_hash(config),
         "grouped_matmul": grouped_matmul_facts(config, token_shards),
+        "expert_parallelism": exchange_facts(config, token_shards),
         "parameters": {"total": parameters.total, "active": parameters.active},
         "flops_per_token": count.forward_flops_per_token(config.model, config.data.seq_len),
         "data": {

@@ -122,7 +122,7 @@ def record(
       ConfigError: nothing to record, or a file that cannot be written.
     """
     mesh = mesh_of(config)
-    ranks = sharding.token_shards(mesh)
+    ranks = sharding.token_shards(mesh) * config.model.moe.virtual_ranks
     in_force = config_limits(config.model.moe)
     graph, state = nnx.split(model)
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))

@@ -2,6 +2,7 @@
 
     python -m experiments.zoo                                      # all rows
     python -m experiments.zoo --model=deepseek_v3                  # one, with its parts
+    python -m experiments.zoo --model=deepseek_v3 --mtp=1          # with a multi-token-prediction module
     python -m experiments.zoo --format=markdown --output=docs/zoo.md
 
 Models with a preset under ``configs/models`` are counted from it; the others are added up in ``experiments.zoo_rows``,
@@ -24,6 +25,7 @@ from moejax import count
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig, from_mapping
 from moejax.plan.text import Table
 from moejax.results import write_atomically
+from moejax.validate import check_model
 
 CONTEXT = 4096
 """Tokens of the sequence whose mean token's FLOPs are shown."""
@@ -61,15 +63,19 @@ def router_style(model: ModelConfig) -> str:
         "softmax_of_topk": f"softmax of the top-{router.k} logits",
         "sigmoid_bias": f"top-{router.k} of sigmoid with selection bias",
         "softmax_bias": f"top-{router.k} of softmax with selection bias",
+        "topk_of_sigmoid": f"top-{router.k} by sigmoid",
+        "sparsemixer": f"top-{router.k} by SparseMixer-v2",
     }
     words = [families.get(router.name, f"{router.name}, k={router.k}")]
-    if router.name != "softmax_of_topk":
+    if router.name not in ("softmax_of_topk", "sparsemixer"):
         words.append("renormalised" if router.renormalise else "as is")
     if router.scale != 1:
         words.append(f"times {router.scale:g}")
     if router.groups > 1:
         scored = "best expert" if router.group_score == "max" else "best two"
         words.append(f"in the best {router.groups_kept} of {router.groups} groups by their {scored}")
+    if moe.weigh == "input":
+        words.append("weighs the experts' input")
     if router.bias:
         words.append("bias on the logits")
     words.append(f"{moe.num_experts} experts")
@@ -82,9 +88,15 @@ def router_style(model: ModelConfig) -> str:
     return ", ".join(words)
 
 
-def figures(row: Row) -> Figures:
-    """Counts ``row``, from its preset or its parts."""
+def figures(row: Row, mtp_layers: int = 0) -> Figures:
+    """Counts ``row``, from its preset or its parts.
+
+    ``mtp_layers``: multi-token-prediction modules that are counted as parts, too, and in no total, as in published
+    figures; only of a preset.
+    """
     if row.parts is not None:
+        if mtp_layers:
+            raise ConfigError(f"--mtp={mtp_layers}: {row.id} is counted from published sizes, without such modules")
         parts = {name: (round(total), round(active)) for name, (total, active) in row.parts.parts.items()}
         return Figures(
             row, parts, row.parts.total, row.parts.active, row.parts.flops(CONTEXT), row.parts.cache_bytes or None,
@@ -105,6 +117,12 @@ def figures(row: Row) -> Figures:
     sizes["norms"] = p.total - p.routed_experts - sum(sizes.values())
     parts = {name: (size, size) for name, size in sizes.items() if size}
     parts["routed experts"] = (p.routed_experts, p.routed_experts - (p.total - p.active))
+    if mtp_layers:
+        further = dataclasses.replace(model, mtp_layers=mtp_layers)
+        check_model(further)
+        modules = count.prediction_parameters(further)
+        parts["multi-token prediction, beside the total"] = (modules, 0)
+        parts["its copies of embedding and head in files"] = (2 * mtp_layers * table, 0)
     flops = count.forward_flops_per_token(model, CONTEXT)
     return Figures(row, parts, p.total, p.active, flops, count.cache_bytes_per_token(model), router_style(model))
 
@@ -133,6 +151,8 @@ def holds(reason: Reason, made: Figures, which: str) -> bool:
         return value <= left < value + published(figure)[1]
     if reason.alone:
         return made.parts[reason.alone][index] > value
+    if reason.missing:
+        return within(counted + reason.missing, figure)
     if reason.between:
         return counted - made.parts[reason.between][index] < value < counted
     return within(left, figure) if reason.without else True
@@ -269,12 +289,18 @@ def choose(name: str | None) -> list[Row]:
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
     flags.DEFINE_string("model", None, "One row, by its name. None: all.", flag_values=values)
+    flags.DEFINE_integer(
+        "mtp", 0, "With --model: multi-token-prediction modules that are counted beside it.", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_enum("format", "text", list(FORMATS), "How the rows are written.", flag_values=values)
     flags.DEFINE_string("output", None, "File to write. None: standard output.", flag_values=values)
 
 
 def command(values: flags.FlagValues) -> int:
-    text = FORMATS[values.format]([figures(row) for row in choose(values.model)]).rstrip() + "\n"
+    if values.mtp and values.model is None:
+        raise ConfigError(f"--mtp={values.mtp} counts modules of one model: name it with --model")
+    text = FORMATS[values.format]([figures(row, values.mtp) for row in choose(values.model)]).rstrip() + "\n"
     if values.output is None:
         print(text, end="")
         return 0

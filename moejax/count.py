@@ -19,6 +19,7 @@ class Parameters:
     """Of those, used for one token: all but the routed experts that the router leaves out. With zero-computation
     experts (``moe.zero_experts``) a token uses fewer than k others: the mean under a uniform choice is counted."""
     embedding: int
+    """Of input and output, and the bias on the logits."""
     attention: int
     dense_ffn: int
     routed_experts: int
@@ -27,6 +28,9 @@ class Parameters:
     vectors: int
     """Norm scales and biases that one token uses (but for those of the model's norms, they are in the other groups
     too): no matmul."""
+    prediction: int = 0
+    """Of the multi-token-prediction modules, beside embedding and head, which they share with the model. A token of the
+    main model uses none of them, and they are in no other group."""
 
 
 def ffn_parameters(dim: int, hidden: int, activation: str) -> int:
@@ -64,6 +68,16 @@ def dense_ffns(config: ModelConfig) -> int:
     return attentions(config) if config.wiring == "longcat" else config.num_layers - len(moe_layer_ids(config))
 
 
+def norm_parameters(config: ModelConfig) -> int:
+    """Numbers of one norm over the model's dimension."""
+    return config.dim * (2 if config.norm == "layer_bias" else 1)
+
+
+def block_norms(config: ModelConfig) -> int:
+    """Numbers in the norms of all blocks, those inside attention apart."""
+    return attentions(config) * (4 if config.sandwich_norm else 2) * norm_parameters(config)
+
+
 def expert_biases(config: ModelConfig) -> int:
     """Numbers in the biases of one routed expert."""
     moe = config.moe
@@ -88,9 +102,10 @@ def parameters(config: ModelConfig) -> Parameters:
     """Counts each group of parameters; a test holds the total to the model's real arrays."""
     moe, d = config.moe, config.dim
     num_moe, num_attention = len(moe_layer_ids(config)), attentions(config)
-    embedding = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    logits_bias = config.vocab_size if config.logit_bias else 0
+    embedding = config.vocab_size * d * (1 if config.tie_embeddings else 2) + logits_bias
     projections, small = attention_parameters(config.attention, d)
-    norms = (2 * num_attention + 1) * d
+    norms = block_norms(config) + norm_parameters(config)
     dense = dense_ffns(config) * ffn_parameters(d, config.ffn_dim, config.activation)
     biases = expert_biases(config)
     expert = ffn_parameters(d, moe.expert_dim, config.activation) + biases
@@ -103,19 +118,35 @@ def parameters(config: ModelConfig) -> Parameters:
     total = embedding + attention + norms + dense + routed + shared + router
     chosen = chosen_experts(config)
     idle = round(num_moe * (moe.num_experts - chosen) * expert)
-    vectors = norms + num_attention * small + num_moe * logit_bias + round(num_moe * chosen * biases)
-    return Parameters(total, total - idle, embedding, attention, dense, routed, shared, router, vectors)
+    vectors = norms + num_attention * small + num_moe * logit_bias + round(num_moe * chosen * biases) + logits_bias
+    active, further = total - idle, prediction_parameters(config)
+    return Parameters(total + further, active, embedding, attention, dense, routed, shared, router, vectors, further)
 
 
-def places_seen(seq_len: int, window: int) -> float:
-    """Mean number of places that a token sees in a sequence, itself included; ``window`` 0: all before it."""
+def prediction_parameters(config: ModelConfig) -> int:
+    """Numbers in the multi-token-prediction modules: each is a projection of two inputs, three norms, and one more
+    layer like the last."""
+    if not config.mtp_layers:
+        return 0
+    last = len(moe_layer_ids(config)) and moe_layer_ids(config)[-1] == config.num_layers - 1
+    moe = dataclasses.replace(config.moe, first_dense=0 if last else 2, every=1, dense_layers=())
+    two, one = (parameters(dataclasses.replace(config, num_layers=n, mtp_layers=0, moe=moe)).total for n in (2, 1))
+    return config.mtp_layers * (two - one + 2 * config.dim**2 + 3 * norm_parameters(config))
+
+
+def places_seen(seq_len: int, window: int, kind: str = "sliding") -> float:
+    """Mean number of places that a token sees in a sequence, itself included; ``window`` 0: all before it. ``kind``:
+    of the window, as ``attention.window_kind``."""
     if not 0 < window < seq_len:
         return (seq_len + 1) / 2
+    if kind == "chunks":
+        chunks, rest = divmod(seq_len, window)
+        return (chunks * window * (window + 1) + rest * (rest + 1)) / (2 * seq_len)
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
 def windowed_attentions(config: ModelConfig) -> int:
-    """Attention modules that have the sliding window."""
+    """Attention modules that have the window."""
     a = config.attention
     if not a.window:
         return 0
@@ -137,7 +168,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
         one_place = 2 * a.num_heads * (a.head_dim + a.rope_head_dim + a.value_head_dim)
     windowed = windowed_attentions(config)
     whole = attentions(config) - windowed
-    places = whole * places_seen(seq_len, 0) + windowed * places_seen(seq_len, a.window)
+    places = whole * places_seen(seq_len, 0) + windowed * places_seen(seq_len, a.window, a.window_kind)
     return 2.0 * matmul + one_place * places
 
 

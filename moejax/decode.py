@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moejax.model import Cache, Decoder
+from moejax.types import Limit
 
 FUSED_LENGTH = 64
 """Fused attention on a GPU takes prompts of a multiple of this (:mod:`moejax.attention.grouped`): they are padded."""
@@ -38,16 +39,15 @@ def sampled(temperature: float = 1.0, top_k: int = 0) -> Sampler:
 
 @functools.partial(jax.jit, static_argnames="places")
 def prefill(
-    model: Decoder, tokens: Int[Array, "B S"], lengths: Int[Array, "B"], places: int
+    model: Decoder, tokens: Int[Array, "B S"], lengths: Int[Array, "B"], places: int, limits: tuple[Limit, ...] = ()
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """A new cache of ``places`` for each row, at least S, that holds the first ``lengths`` tokens of each; logits
-    after them. What follows them in ``tokens`` is padding.
+    """A new cache of ``places`` for each row, at least the longest of ``lengths``, that holds that many tokens of each;
+    logits after them. What follows them in ``tokens`` is padding.
 
-    Dropless, as :func:`forward_cached` is.
+    Dropless but for ``limits``, whatever the config's own.
     """
-    mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
     cache = model.init_cache(tokens.shape[0], places)
-    out = model(tokens, mask=mask, cache=cache, limits=(), at=lengths - 1, prompt=True)
+    out = model(tokens, cache=cache, limits=limits, at=lengths - 1, prompt=lengths)
     assert out.cache is not None
     return out.logits[:, 0], out.cache
 
@@ -71,17 +71,24 @@ def forward_cached(
 
 @functools.partial(jax.jit, static_argnames=("sampler", "steps"), donate_argnames="cache")
 def extend(
-    model: Decoder, token: Int[Array, "B"], cache: Cache, key: PRNGKeyArray, begin: Array, sampler: Sampler, steps: int
+    model: Decoder,
+    token: Int[Array, "B"],
+    cache: Cache,
+    key: PRNGKeyArray,
+    begin: Array,
+    sampler: Sampler,
+    steps: int,
+    limits: tuple[Limit, ...] = (),
 ) -> tuple[Int[Array, "steps B"], Cache]:
     """The ``steps`` tokens after ``token``, each drawn with ``fold_in(key, i)`` for ``i`` from ``begin`` on.
 
-    One program for all of them: the host is not asked in between.
+    One program for all of them: the host is not asked in between. ``limits`` act on the B tokens of each step.
     """
     alone = jnp.ones((token.shape[0], 1), bool)
 
     def body(carry: tuple, i: Array) -> tuple[tuple, Array]:
         token, cache = carry
-        out = model(token[:, None], mask=alone, cache=cache, limits=())
+        out = model(token[:, None], mask=alone, cache=cache, limits=limits)
         new = sampler(out.logits[:, 0], jax.random.fold_in(key, i)).astype(token.dtype)
         return (new, out.cache), new
 
@@ -99,6 +106,8 @@ def generate(
     stop_id: int | tuple[int, ...] | None = None,
     pad_to: int = 0,
     at_a_time: int = 8,
+    limits: tuple[Limit, ...] = (),
+    limit_steps: bool = False,
 ) -> Iterator[np.ndarray]:
     """Yields one new token for each row, ``max_new_tokens`` times at most; stops when every row has met ``stop_id``, or
     one of several.
@@ -108,6 +117,10 @@ def generate(
 
     Prompts may differ in length: they are padded on the right, to at least ``pad_to`` tokens (so that batches of other
     lengths need no compilation of their own), and padding enters neither cache nor experts.
+
+    ``limits`` act on the prompts, real tokens only, whatever the config's own; with ``limit_steps`` also on the tokens
+    of each decoding step. There they want a rounding that leaves a few tokens something (``docs/limits.md``), and no
+    draw at random.
 
     Raises:
       ValueError: an empty prompt, or ``at_a_time`` below 1.
@@ -120,12 +133,13 @@ def generate(
         raise ValueError("an empty prompt has no last token to continue from: start it with the end-of-text token")
     key = jax.random.key(0) if key is None else key
     longest = max([pad_to, *(len(p) for p in prompts)])
+    places = longest + max_new_tokens  # LongRoPE chooses by them: the same on every device
     if jax.default_backend() == "gpu":
         longest += -longest % FUSED_LENGTH
     tokens, lengths = np.zeros((len(prompts), longest), np.int32), np.asarray([len(p) for p in prompts], np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    logits, cache = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), longest + max_new_tokens)
+    logits, cache = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), places, limits)
     stops = () if stop_id is None else stop_id
     done = np.zeros(len(prompts), bool)
     made = sampler(logits, jax.random.fold_in(key, 0))[None]
@@ -137,4 +151,5 @@ def generate(
             done |= np.isin(new, stops)
             if done.all() or count == max_new_tokens:
                 return
-        made, cache = extend(model, made[-1], cache, key, jnp.int32(count), sampler, at_a_time)
+        in_force = (limits,) if limit_steps and limits else ()
+        made, cache = extend(model, made[-1], cache, key, jnp.int32(count), sampler, at_a_time, *in_force)

@@ -20,7 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moejax.attention import NOWHERE, AttentionInput, BlockCache, LayerCache, attention_input, empty_cache
 from moejax.blocks import WIRINGS
 from moejax.config import ModelConfig
-from moejax.norm import RMSNorm
+from moejax.limits import for_layer, of_config, vary_by_layer
+from moejax.mtp import Predictions, make_modules, predict
+from moejax.norm import make_norm
 from moejax.sharding import ArraySpec, create
 from moejax.types import LayerReport, Limit, MoEMetrics, RouteContext, RoutingRecord, TokenClass, pytree
 
@@ -34,6 +36,8 @@ class ModelOutput:
     cache: "Cache | None" = None
     routing: RoutingRecord | None = None
     """Each MoE layer's Routing, ``[L_moe, G, ...]``, where ``record`` asked for it."""
+    further: Predictions | None = None
+    """Of the multi-token-prediction modules, where ``mtp`` asked for it; ``metrics`` are the main model's alone."""
 
 
 @pytree
@@ -44,6 +48,11 @@ class Cache:
     """For each group, for each block of its pattern: stacked over the group's repeats."""
     length: Int[Array, "B"]
     """Real tokens appended so far."""
+
+    @property
+    def places(self) -> int:
+        """How many tokens each row can hold."""
+        return max(leaf.shape[2] for leaf in jax.tree.leaves(self.layers))
 
 
 def layer_groups(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
@@ -93,6 +102,20 @@ def moe_layer_ids(config: ModelConfig) -> list[int]:
     return [i for i, flag in enumerate(flags) if flag]
 
 
+def moe_layer_numbers(config: ModelConfig) -> list[np.ndarray | None]:
+    """Each layer's number among the MoE layers (of a dense one the next MoE layer's), for each group of
+    :func:`layer_groups`, ``[repeats, blocks]``."""
+    before = np.searchsorted(moe_layer_ids(config), np.arange(config.num_layers))
+    return [*_by_group(config, before.tolist(), np.int32)]
+
+
+def requests(segment_ids: Int[Array, "B S"] | None, tokens: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """A number for each text that the model sees as one: a document within a row, all of a row without documents."""
+    batch, seq = tokens.shape
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None] * (seq + 1)  # documents are counted from 1, at most one a token
+    return jnp.broadcast_to(row, tokens.shape) if segment_ids is None else row + segment_ids
+
+
 def layer_windows(config: ModelConfig) -> list[Int[np.ndarray, "repeats blocks"]] | None:
     """The sliding window of each layer, for each group of :func:`layer_groups`; None where no layer has one.
 
@@ -102,12 +125,28 @@ def layer_windows(config: ModelConfig) -> list[Int[np.ndarray, "repeats blocks"]
     if not a.window:
         return None
     layers = [a.window if i in a.window_layers or not a.window_layers else NOWHERE for i in range(config.num_layers)]
-    windows, first = [], 0
+    return _by_group(config, layers, np.int32)
+
+
+def layer_facts(config: ModelConfig) -> list[dict[str, np.ndarray]]:
+    """What each layer's attention is told apart from the tokens, for each group of :func:`layer_groups`: fields of
+    ``AttentionInput`` by name, ``[repeats, blocks]``. A field that is one for all layers is left out."""
+    facts: dict[str, list[np.ndarray]] = {}
+    if (windows := layer_windows(config)) is not None:
+        facts["window"] = windows
+    if without := config.attention.no_rope_layers:
+        facts["rotates"] = _by_group(config, [i not in without for i in range(config.num_layers)], np.bool_)
+    return [{name: values[i] for name, values in facts.items()} for i in range(len(layer_groups(config)))]
+
+
+def _by_group(config: ModelConfig, layers: list, dtype: Any) -> list[np.ndarray]:
+    """One value for each layer, as each group's ``[repeats, blocks]``."""
+    values, first = [], 0
     for pattern, repeats in layer_groups(config):
         end = first + len(pattern) * repeats
-        windows.append(np.asarray(layers[first:end], np.int32).reshape(repeats, len(pattern)))
+        values.append(np.asarray(layers[first:end], dtype).reshape(repeats, len(pattern)))
         first = end
-    return windows
+    return values
 
 
 class BlockGroup(nnx.Module):
@@ -125,14 +164,16 @@ class BlockGroup(nnx.Module):
         ctx: RouteContext,
         limits: tuple[Limit, ...] | None,
         caches: tuple[BlockCache, ...] | None,
-        windows: Int[Array, "blocks"] | None,
+        facts: dict[str, Array],
+        numbers: Int[Array, "blocks"] | None,
     ) -> tuple[Array, tuple[LayerReport, ...], tuple[BlockCache, ...] | None]:
         reports, new_caches = [], []
         for i, block in enumerate(self.blocks):
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
             block_ctx = dataclasses.replace(ctx, key=key)
-            seen = tokens if windows is None else dataclasses.replace(tokens, window=windows[i])
-            x, report, c = block(x, seen, block_ctx, limits, None if caches is None else caches[i])
+            seen = dataclasses.replace(tokens, **{name: values[i] for name, values in facts.items()})
+            its_limits = limits if numbers is None or limits is None else for_layer(limits, numbers[i])
+            x, report, c = block(x, seen, block_ctx, its_limits, None if caches is None else caches[i])
             if report is not None:
                 reports.append(report)
             if c is not None:
@@ -150,7 +191,11 @@ class Decoder(nnx.Module):
         embed = ArraySpec((config.vocab_size, config.dim), ("vocab", "embed"), fan_in=config.dim)
         self.embed = create(embed, keys[0], config.init_scale)
         self.unembed = None if config.tie_embeddings else create(embed, keys[1], config.init_scale)
-        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.unembed_bias = (
+            create(ArraySpec((config.vocab_size,), ("vocab",), init="zeros"), key) if config.logit_bias else None
+        )
+        self.final_norm = make_norm(config)
+        self.mtp = make_modules(config, groups[-1][0][-1], key)
         self.groups = nnx.List(
             [
                 jax.vmap(lambda k, pattern=pattern: BlockGroup(config, pattern, k))(
@@ -174,7 +219,8 @@ class Decoder(nnx.Module):
         train: bool = False,
         record: bool = False,
         at: Int[Array, "B"] | None = None,
-        prompt: bool = False,
+        prompt: Int[Array, "B"] | None = None,
+        mtp: bool = False,
     ) -> ModelOutput:
         """Logits of the next token at every place, or at one place of each row.
 
@@ -191,46 +237,75 @@ class Decoder(nnx.Module):
           train: switches on router noise and jitter.
           record: also returns each layer's Routing before and after limits (``docs/traces.md``).
           at: the only place of each row whose logits are wanted (``[B, 1, V]``); those of a long prompt are large.
-          prompt: the cache is empty and padding only follows each row's tokens (:func:`moejax.decode.prefill`):
-            attention then is over these tokens alone, by a fused core where there is one.
+          prompt: length of each row's prompt, in place of ``mask``: what follows is padding, and the cache begins anew
+            with it. Attention is over these tokens alone, by a fused core where there is one.
+          mtp: also runs the multi-token-prediction modules on these tokens (``further``). Not with a cache or ``at``.
         """
         config = self.config
         batch, seq = tokens.shape
         if cache is not None and segment_ids is not None:
             raise ValueError("a cache holds one document for each row: leave segment_ids out")
+        if mtp and (self.mtp is None or cache is not None or at is not None):
+            raise ValueError("mtp=True needs model.mtp_layers, and whole sequences: no cache, no at")
+        if prompt is not None:
+            if cache is None or mask is not None:
+                raise ValueError("prompt=lengths says which tokens are real, and fills a cache: no mask, and a cache")
+            mask, cache = jnp.arange(seq) < prompt[:, None], dataclasses.replace(cache, length=jnp.zeros_like(prompt))
         start = None if cache is None else cache.length
-        attention = attention_input(positions, segment_ids, mask, start, tokens.shape)
-        attention = dataclasses.replace(attention, prompt=prompt)
+        places = 0 if cache is None else cache.places
+        attention = attention_input(positions, segment_ids, mask, start, tokens.shape, places)
+        attention = dataclasses.replace(attention, prompt=prompt is not None)
         ctx = RouteContext(
-            key=key, mask=mask, token_ids=tokens, positions=attention.positions, request_ids=segment_ids,
-            token_class=token_class, train=train, record=record,
+            key=key, mask=mask, token_ids=tokens, positions=attention.positions,
+            request_ids=requests(segment_ids, tokens), token_class=token_class, train=train, record=record,
         )  # fmt: skip
-        scale = math.sqrt(config.dim) if config.scale_embeddings else 1.0
-        x = (self.embed[...][tokens] * scale).astype(config.compute_dtype)
-        windows = layer_windows(config)
+        x = self._embedded(tokens)
+        facts = layer_facts(config)
+        numbers: list[np.ndarray | None] = [None] * len(facts)
+        if vary_by_layer(in_force := of_config(config.moe) if limits is None else limits):
+            limits, numbers = in_force, moe_layer_numbers(config)
         collected, caches = [], []
         for i, group in enumerate(self.groups):
             group_cache = None if cache is None else cache.layers[i]
-            group_windows = None if windows is None else windows[i]
             group_key = None if key is None else jax.random.fold_in(key, i)
             group_ctx = dataclasses.replace(ctx, key=group_key)
-            x, reports, new_cache = self._run_group(group, x, attention, group_ctx, limits, group_cache, group_windows)
+            x, reports, new_cache = self._run_group(
+                group, x, attention, group_ctx, limits, group_cache, facts[i], numbers[i]
+            )
             collected.append(reports)
             caches.append(new_cache)
         if at is not None:
             x = jnp.take_along_axis(x, at[:, None, None], axis=1)
         x = self.final_norm(x)
-        table = self.embed if self.unembed is None else self.unembed
-        logits = jnp.einsum("bsd,vd->bsv", x, table[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        if config.logit_softcap:
-            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        logits = self._logits(x)
+        further = None
+        if mtp:
+            last = None if limits is None else for_layer(limits, -1)
+            further = predict(
+                self.mtp or (), x, ctx, last, embed=self._embedded, head=self._logits,
+                facts={name: jnp.asarray(values[-1, -1]) for name, values in facts[-1].items()},
+                remat=functools.partial(_rematerialised, choice=config.remat),
+            )  # fmt: skip
         if cache is not None:
             added = jnp.full(batch, seq, jnp.int32) if mask is None else jnp.sum(mask, axis=1, dtype=jnp.int32)
             cache = Cache(layers=tuple(caches), length=cache.length + added)
         report = _stack_layers(collected)
         if report is None:
-            return ModelOutput(logits=logits, metrics=None, cache=cache)
-        return ModelOutput(logits=logits, metrics=report.metrics, cache=cache, routing=report.record)
+            return ModelOutput(logits=logits, metrics=None, cache=cache, further=further)
+        return ModelOutput(logits, report.metrics, cache, report.record, further)
+
+    def _embedded(self, tokens: Int[Array, "B S"]) -> Array:
+        scale = math.sqrt(self.config.dim) if self.config.scale_embeddings else 1.0
+        return (self.embed[...][tokens] * scale).astype(self.config.compute_dtype)
+
+    def _logits(self, x: Array) -> Float[Array, "B S V"]:
+        table, cap = self.embed if self.unembed is None else self.unembed, self.config.logit_softcap
+        if self.config.logit_scale != 1:  # of D numbers, not of V
+            x = (x.astype(jnp.float32) * self.config.logit_scale).astype(x.dtype)
+        logits = jnp.einsum("bsd,vd->bsv", x, table[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.unembed_bias is not None:
+            logits = logits + self.unembed_bias[...]
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
     def _run_group(
         self,
@@ -240,26 +315,28 @@ class Decoder(nnx.Module):
         ctx: RouteContext,
         limits: tuple[Limit, ...] | None,
         caches: tuple[BlockCache, ...] | None,
-        windows: Int[np.ndarray, "repeats blocks"] | None,
+        facts: dict[str, np.ndarray],
+        numbers: np.ndarray | None,
     ) -> tuple[Array, tuple[LayerReport, ...], tuple[BlockCache, ...] | None]:
         repeats = jax.tree.leaves(group)[0].shape[0]
 
         def body(carry: tuple, layer: tuple) -> tuple[tuple, tuple[LayerReport, ...]]:
             # Caches stay stacked and go from layer to layer, each writes its own places: no layer's part is copied.
-            (x, caches), (blocks, i, its_windows) = carry, layer
+            (x, caches), (blocks, i, its_facts, its_numbers) = carry, layer
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
             layer_ctx = dataclasses.replace(ctx, key=key)
             its_tokens = tokens if caches is None else dataclasses.replace(tokens, layer=i)
-            x, reports, caches = blocks(x, its_tokens, layer_ctx, limits, caches, its_windows)
+            x, reports, caches = blocks(x, its_tokens, layer_ctx, limits, caches, its_facts, its_numbers)
             return (x, caches), reports
 
         run = _rematerialised(body, self.config.remat)
         if self.config.layer_loop == "scan" and repeats > 1:
-            (x, caches), reports = jax.lax.scan(run, (x, caches), (group, jnp.arange(repeats), windows))
+            (x, caches), reports = jax.lax.scan(run, (x, caches), (group, jnp.arange(repeats), facts, numbers))
             return x, reports, caches
         outs, carry = [], (x, caches)
         for i in range(repeats):
-            carry, out = run(carry, jax.tree.map(lambda leaf, i=i: leaf[i], (group, jnp.arange(repeats), windows)))
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], (group, jnp.arange(repeats), facts, numbers))
+            carry, out = run(carry, layer)
             outs.append(out)
         return carry[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs), carry[1]
 

@@ -9,6 +9,7 @@ a leading shard axis.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,32 +82,38 @@ class MoELayer(nnx.Module):
         """
         chosen = config_limits(self.config) if extra_limits is None else extra_limits
         in_force, transforms = chosen, self.transforms
-        router, fam, backend = self.router.config, self.router.family, self.config.dispatcher
-        zero_experts = self.config.zero_experts
+        config, router, fam = self.config, self.router.config, self.router.family
+        zero_experts, weigh_input = config.zero_experts, config.weigh == "input"
+        dispatcher = dispatch.in_force(config)
+        virtual = config.virtual_ranks
         tokens = dataclasses.replace(ctx, key=None, loads=None, local_experts=None)
 
         def on_shard(z: Array, tokens: RouteContext, whole: tuple) -> tuple[InFlight, Routing]:
             weights, in_force, transforms, key, loads = whole
             x = z.reshape(-1, z.shape[-1])
-            if key is not None:
-                key = jax.random.fold_in(key, dispatch.shard_index())
             flat = jax.tree.map(lambda leaf: leaf.reshape(-1), tokens)
-            local = dataclasses.replace(flat, key=key, loads=loads)
-            with jax.named_scope("route"):
-                made = dataclasses.replace(fam.route(x, weights, local, router), zero_experts=zero_experts)
-            with jax.named_scope("limit"):
-                kept = limits.apply(in_force, made, local)
-            record = RoutingRecord(made, kept, _key_data(key)) if local.record else None
+            flat = dataclasses.replace(flat, key=key, loads=loads)
+
+            def on_rank(x: Array, mine: RouteContext) -> tuple[Routing, Routing]:
+                with jax.named_scope("route"):
+                    made = dataclasses.replace(fam.route(x, weights, mine, router), zero_experts=zero_experts)
+                with jax.named_scope("limit"):
+                    return made, limits.apply(in_force, made, mine)
+
+            ranks = dispatch.expert_ranks() if dispatcher.split_experts else 1
+            made, kept, seen = dispatch.decide(on_rank, x, flat, config.num_experts, ranks=ranks, virtual_ranks=virtual)
+            record = RoutingRecord(made, kept, _key_data(seen.key)) if flat.record else None
+            if virtual > 1:
+                made, kept = dispatch.merged(made), dispatch.merged(kept)
             for transform in transforms:
                 kept = transform.remap(kept)
             with jax.named_scope("dispatch"):
-                plan = dispatch.PLANS[backend](kept, x.shape[0])
-                xs = dispatch.dispatch(x, plan, backend=backend)
+                xs, plan = dispatcher.send(x, kept, weigh=weigh_input)
             flight = InFlight(
                 xs=xs,
                 plan=plan,
-                weight=kept.weight,
-                metrics=summarise(made, kept, local, plan.overflow),
+                weight=jnp.ones_like(kept.weight) if weigh_input else kept.weight,
+                metrics=summarise(made, kept, flat, dispatcher.overflow(plan), dispatcher.sent(kept, plan)),
                 record=record,
                 unchanged=dispatch.unchanged(x, kept),
                 num_tokens=x.shape[0],
@@ -116,6 +123,8 @@ class MoELayer(nnx.Module):
         whole = (self.router.weights(), in_force, transforms, ctx.key, ctx.loads)
         flight, kept = dispatch.per_shard(on_shard, (z, tokens), whole)
         self.store.prefetch(kept)
+        if virtual > 1 and flight.record is not None:  # a rank of the record is a virtual one
+            flight = dataclasses.replace(flight, record=jax.tree.map(dispatch.merge_shards, flight.record))
         return flight
 
     def compute(self, flight: InFlight) -> InFlight:
@@ -126,29 +135,34 @@ class MoELayer(nnx.Module):
         activation, implementation = self.activation, self.config.implementation
         if self.config.dispatcher == "dense":
             implementation = "ref"
+        dispatcher = dispatch.in_force(self.config)
 
-        def on_shard(xs: Array, group_sizes: Array, weights: ExpertWeights) -> Array:
+        def on_shard(xs: Any, group_sizes: Any, weights: ExpertWeights) -> Any:
+            def ffn(rows: Array, sizes: Array) -> Array:
+                return experts.grouped_ffn(rows[0], sizes[0], weights, activation, implementation)
+
             with jax.named_scope("experts"):
-                return experts.grouped_ffn(xs[0], group_sizes[0], weights, activation, implementation)
+                return jax.tree.map(ffn, xs, group_sizes)
 
-        ys = dispatch.per_shard(on_shard, (flight.xs, flight.plan.group_sizes), weights)
+        sizes = dispatcher.group_sizes(flight.plan)
+        ys = dispatch.per_shard(on_shard, (flight.xs, sizes), weights, split_experts=dispatcher.split_experts)
         return dataclasses.replace(flight, xs=ys)
 
     def finish(self, flight: InFlight, shape: tuple[int, ...]) -> tuple[Float[Array, "B S D"], MoEMetrics]:
         """Combines the experts' outputs into ``shape`` and sums the metrics over devices."""
-        backend = self.config.dispatcher
+        dispatcher = dispatch.in_force(self.config)
 
-        def on_shard(
-            ys: Array, weight: Array, plan: dispatch.DispatchPlan, unchanged: Array | None, whole: None
-        ) -> Array:
+        def on_shard(ys: Any, weight: Array, plan: Any, unchanged: Array | None, whole: None) -> Array:
             del whole
-            plan = jax.tree.map(lambda leaf: leaf[0], plan)
+            ys, plan = jax.tree.map(lambda leaf: leaf[0], (ys, plan))
             with jax.named_scope("combine"):
-                y = dispatch.combine(ys[0], weight[0], plan, flight.num_tokens, backend=backend)
-                return y if unchanged is None else (y + unchanged[0]).astype(y.dtype)
+                y = dispatcher.give_back(ys, weight[0], plan, flight.num_tokens)
+                y = y if unchanged is None else (y + unchanged[0]).astype(y.dtype)
+                return y.reshape(-1, *shape[1:])
 
-        y = dispatch.per_shard(on_shard, (flight.xs, flight.weight, flight.plan, flight.unchanged), None)
-        return y.reshape(shape), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), flight.metrics)
+        arrived = (flight.xs, flight.weight, flight.plan, flight.unchanged)
+        y = dispatch.per_shard(on_shard, arrived, None, stacked=False)
+        return y, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), flight.metrics)
 
     def shared_output(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"] | None:
         """Output of the shared experts, scaled by their gate where there is one; None without shared experts."""
@@ -185,24 +199,27 @@ def shared_width(config: MoEConfig) -> int:
 
 def config_limits(config: MoEConfig) -> tuple[Limit, ...]:
     """The limits that ``config`` puts in force; none where it is dropless."""
-    if config.capacity_factor <= 0:
-        return ()
-    return (limits.token_drop(config.capacity_factor, config.capacity_order),)
+    return limits.of_config(config)
 
 
 def _key_data(key: PRNGKeyArray | None) -> Array | None:
     return None if key is None else jax.random.key_data(key)
 
 
-def summarise(made: Routing, kept: Routing, ctx: RouteContext, overflow: Array) -> MoEMetrics:
-    """What the router made and what is left of it, as sums over this shard's tokens."""
+def summarise(
+    made: Routing, kept: Routing, ctx: RouteContext, overflow: Array, sent: Routing | None = None
+) -> MoEMetrics:
+    """What the router made and what is left of it, as sums over this shard's tokens. ``sent``: ``kept`` without the
+    pairs that overflowed a buffer."""
+    sent = kept if sent is None else sent
     num_tokens, num_choices = made.probs.shape
     num_experts = num_choices - made.zero_experts
     mask = routing.token_mask(ctx, num_tokens)
     real = mask.astype(jnp.float32)
     pairs = per_expert(made, made.valid.astype(jnp.float32), num_choices)
     # A remap may split a pair into P pieces and renumber experts; loads are reported per expert in force.
-    computed = per_expert(kept, kept.valid.astype(jnp.float32), num_experts)
+    in_force = sent.probs.shape[1] - sent.zero_experts
+    computed = per_expert(sent, sent.valid.astype(jnp.float32), in_force)
     shared_width = min(made.valid.shape[1], kept.valid.shape[1])
     lost = made.valid[:, :shared_width] & ~kept.valid[:, :shared_width]
     added = (
@@ -211,7 +228,7 @@ def summarise(made: Routing, kept: Routing, ctx: RouteContext, overflow: Array) 
         + jnp.sum(lost, dtype=jnp.float32)
     )
     token = jnp.arange(num_tokens) if kept.token is None else kept.token
-    pairs_of_token = jnp.zeros_like(real).at[token].add(jnp.sum(kept.valid, axis=1, dtype=jnp.float32))
+    pairs_of_token = jnp.zeros_like(real).at[token].add(jnp.sum(sent.valid, axis=1, dtype=jnp.float32))
     normal = made.probs / jnp.maximum(jnp.sum(made.probs, axis=-1, keepdims=True), 1e-20)
     entropy = -jnp.sum(jax.scipy.special.xlogy(normal, normal), axis=-1)
     z = jax.scipy.special.logsumexp(made.logits, axis=-1) ** 2
@@ -231,6 +248,7 @@ def summarise(made: Routing, kept: Routing, ctx: RouteContext, overflow: Array) 
         entropy_sum=jnp.sum(jax.lax.stop_gradient(entropy) * real),
         by_class=None if ctx.token_class is None else _by_class(made, lost, real, entropy, ctx.token_class),
         zero_routed=pairs[num_experts:] if made.zero_experts else None,
+        exceeded=None if kept.exceeded is None else jnp.sum(kept.exceeded),
     )
 
 

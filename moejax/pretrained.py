@@ -24,18 +24,19 @@ from moejax.validate import check_model
 
 FORMAT = "hugging_face"
 CHOICES: dict[str, tuple[str, ...]] = {
-    "": ("compute_dtype", "layer_loop", "remat"),
+    "": ("compute_dtype", "layer_loop", "remat", "mtp_layers"),
     "attention": ("implementation",),
-    "moe": ("losses", "capacity_factor", "capacity_order", "dispatcher", "implementation"),
+    "moe": ("losses", "capacity_factor", "capacity_order", "capacity_limits", "dispatcher", "implementation"),
 }
-"""Fields of the model, by group, that change no weight: with ``model_from="init_from"`` they are the config's."""
+"""Fields of the model, by group, that change no weight (``mtp_layers``: which are read): with
+``model_from="init_from"`` they are the config's."""
 _SAMPLES, _SAMPLE = 64, 1 << 16
 
 Dtype = Literal["float32", "bfloat16"]
 
 
 def open_model(
-    path: str | Path, *, compute_dtype: Dtype | None = None, mesh: Mesh | None = None
+    path: str | Path, *, compute_dtype: Dtype | None = None, mesh: Mesh | None = None, mtp: bool = False
 ) -> tuple[Decoder, ExperimentConfig, dict[str, Any]]:
     """The model under ``path``, the config of its run, and the meta of its checkpoint (``step``, ``data``, ...).
 
@@ -43,21 +44,29 @@ def open_model(
       path: what :func:`moejax.checkpoint.locate` takes, a Hugging Face folder, or a workdir that only evaluates.
       compute_dtype: instead of the config's. Matrices of a Hugging Face folder are kept in it; ours are float32.
       mesh: where the parameters go, experts split over its axis; None: the default device.
+      mtp: with all multi-token-prediction modules that there are. False: with those of the run's config, which for a
+        Hugging Face folder are none.
 
     Raises:
-      ConfigError: nothing there, or damaged, or of a model that we do not have.
+      ConfigError: nothing there, or damaged, or of a model that we do not have; no such module.
     """
     path = Path(path).expanduser()
     run = _evaluated(path)
     if run is not None:
-        model, _, meta = open_model(run.init_from, compute_dtype=compute_dtype or run.model.compute_dtype, mesh=mesh)
+        dtype, wanted = compute_dtype or run.model.compute_dtype, run.model.mtp_layers
+        model, _, meta = open_model(run.init_from, compute_dtype=dtype, mesh=mesh, mtp=mtp or wanted > 0)
         changed = dataclasses.replace(run.model, compute_dtype=model.config.compute_dtype)
+        if mtp:
+            changed = dataclasses.replace(changed, mtp_layers=model.config.mtp_layers)
         return _with_config(model, changed), dataclasses.replace(run, model=changed), meta
     if importers.is_hugging_face(path):
-        config = _config_of(path, compute_dtype)
-        model = importers.load(path, mesh=mesh, dtype=config.model.compute_dtype)
+        modules = max(importers.mtp_layers(path), 1) if mtp else 0  # 1 of none: the reason is then told
+        config = _config_of(path, compute_dtype, modules)
+        model = importers.load(path, mesh=mesh, dtype=config.model.compute_dtype, mtp_layers=modules)
         return _with_config(model, config.model), config, {"step": 0, "config": to_dict(config), "data": {}}
     model, config, meta = checkpoint.load_model(path, compute_dtype=compute_dtype)
+    if mtp and not config.model.mtp_layers:
+        raise ConfigError(f"{path} holds no multi-token-prediction modules: its run had model.mtp_layers=0")
     if mesh is not None:
         graph, state = nnx.split(model)
         model = nnx.merge(graph, jax.device_put(state, tree_shardings(state, mesh)))
@@ -79,6 +88,7 @@ def adopt(config: ExperimentConfig) -> ExperimentConfig:
     source = stored_config(config.init_from)
     if config.model_from == "init_from":
         _refuse_unread(config.model)
+        _check_modules(config.init_from, source.model.mtp_layers, config.model.mtp_layers)
         # from here on a config like any other: a workdir's config.json says the whole model
         config = dataclasses.replace(config, model=_merge(source.model, config.model), model_from="config")
     if config.data.tokenizer == "init_from":
@@ -153,7 +163,7 @@ def check_fit(known: Mapping[str, Any], config: ModelConfig) -> None:
         for tree, prefix in zip(like[1:], ("params/", "router_state/"), strict=True):
             checkpoint.check_fit(folder, tree, prefix=prefix)
         return
-    importers.check(folder)
+    importers.check(folder, config.mtp_layers)
     theirs = _merge(importers.read_config(folder), config)
     if len(moe_layer_ids(config)) == config.num_layers and config.wiring == "standard":
         theirs = dataclasses.replace(theirs, ffn_dim=config.ffn_dim)  # there is no dense layer to have it
@@ -179,7 +189,9 @@ def parameters(known: Mapping[str, Any], params: Any, router_state: Any, *, mesh
         one, _ = checkpoint.load(folder, params, prefix="params/")
         other, _ = checkpoint.load(folder, router_state, prefix="router_state/")
         return one, other
-    _, one, other = nnx.split(importers.load(folder, mesh=mesh, dtype=dtype), nnx.Param, RouterState)
+    modules = len({path[1] for path, _ in nnx.to_flat_state(params) if path[0] == "mtp"})
+    model = importers.load(folder, mesh=mesh, dtype=dtype, mtp_layers=modules)
+    _, one, other = nnx.split(model, nnx.Param, RouterState)
     return one, other
 
 
@@ -232,9 +244,9 @@ def _origin_of(workdir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _config_of(folder: Path, compute_dtype: Dtype | None = None) -> ExperimentConfig:
+def _config_of(folder: Path, compute_dtype: Dtype | None = None, mtp_layers: int = 0) -> ExperimentConfig:
     """A config for a Hugging Face folder: its model and tokenizer, the built-in texts."""
-    model = importers.read_config(folder)
+    model = importers.read_config(folder, mtp_layers)
     check_model(model)
     if compute_dtype:
         model = dataclasses.replace(model, compute_dtype=compute_dtype)
@@ -244,10 +256,28 @@ def _config_of(folder: Path, compute_dtype: Dtype | None = None) -> ExperimentCo
 
 
 def _with_config(model: Decoder, config: ModelConfig) -> Decoder:
-    """The same weights in a model that is built for ``config``."""
+    """The same weights in a model that is built for ``config``, which may have fewer multi-token-prediction modules."""
     graph = nnx.split(jax.eval_shape(lambda: build(config)), nnx.Param, RouterState)[0]
-    _, params, router_state = nnx.split(model, nnx.Param, RouterState)
-    return nnx.merge(graph, params, router_state)
+    _, *states = nnx.split(model, nnx.Param, RouterState)
+    if config.mtp_layers < model.config.mtp_layers:
+        kept = [
+            {p: leaf for p, leaf in nnx.to_flat_state(s) if p[0] != "mtp" or int(str(p[1])) < config.mtp_layers}
+            for s in states
+        ]
+        states = [nnx.from_flat_state(leaves) for leaves in kept]
+    return nnx.merge(graph, *states)
+
+
+def _check_modules(path: str | Path, there: int, wanted: int) -> None:
+    """Raises ConfigError where more multi-token-prediction modules are wanted than the weights under ``path`` have."""
+    folder = Path(path).expanduser()
+    if _evaluated(folder) is None and importers.is_hugging_face(folder):
+        importers.read_config(folder, wanted)
+    elif wanted > there:
+        raise ConfigError(
+            f"model.mtp_layers={wanted}: the run of init_from={path} has {there or 'no'} multi-token-prediction "
+            f"modules: set it to {there}, or begin from weights that have them"
+        )
 
 
 def _merge(weights: ModelConfig, choices: ModelConfig) -> ModelConfig:

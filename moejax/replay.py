@@ -24,6 +24,8 @@ from moejax.moe import config_limits, summarise
 from moejax.trace import Chunk, Trace
 from moejax.types import Limit, MoEMetrics, RouteContext, Routing
 
+GRID = tuple(i / 8 for i in range(2, 33))
+"""Capacity factors among which :func:`fit_layer_factors` chooses."""
 OF_TRAINING = ("jitter", "bias_update_rate", "noncausal")
 """Fields of a router's config that change nothing in evaluation."""
 
@@ -40,6 +42,8 @@ class Setting:
     """None: the pairs that were recorded. Otherwise routed anew, from the recorded logits."""
     ranks: int
     """Over how many ranks a batch is split; each limits its own tokens."""
+    expert_ranks: int = 1
+    """Over how many of them the experts are spread, in order of ids; 1: each hosts all."""
 
 
 def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
@@ -60,11 +64,20 @@ def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
             f"router.bias={moe.router.bias}, but {trace.path} was recorded with {trace.router.bias}: a trace's logits "
             "hold the bias, and it can be neither added nor taken away; give the run's own config"
         )
-    ranks = ranks or trace.ranks
+    spread = moe.virtual_ranks
+    if spread == 1 and moe.dispatcher == "ep":
+        spread = trace.config.mesh.expert
+    ranks = ranks or (spread if trace.ranks % spread else trace.ranks)
     rows = trace.meta["batch_shape"][0]
     if ranks < 1 or rows % ranks:
         raise ConfigError(f"ranks={ranks} does not divide the {rows} sequences of a recorded batch: choose a divisor")
+    if ranks % spread:
+        raise ConfigError(
+            f"ranks={ranks} is not a multiple of the {spread} ranks that model.moe.virtual_ranks (or expert "
+            f"parallelism) spreads the experts over: choose one, e.g. {spread}"
+        )
     in_force = config_limits(moe)
+    limits.check(in_force, moe, len(trace.layers), causal=routing.FAMILIES[moe.router.name].causal)
     if ranks != trace.ranks and any(getattr(limit, "order", None) == "random" for limit in in_force):
         raise ConfigError(
             f"ranks={ranks}: a limit at random draws from the keys of the {trace.ranks} ranks that were recorded; "
@@ -76,7 +89,7 @@ def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
     anew = asked != recorded or (ranks != trace.ranks and not routing.FAMILIES[trace.router.name].causal)
     if anew:
         check_router(moe.router, trace)
-    return Setting(in_force, moe.router if anew else None, ranks)
+    return Setting(in_force, moe.router if anew else None, ranks, spread)
 
 
 def check_router(config: RouterConfig, trace: Trace) -> None:
@@ -120,7 +133,7 @@ def _fed(config: RouterConfig) -> RouterConfig:
     return dataclasses.replace(config, bias=False)
 
 
-@functools.partial(jax.jit, static_argnames=("router",))
+@functools.partial(jax.jit, static_argnames=("router", "expert_ranks"))
 def _decide(
     made: Routing,
     key: Array | None,
@@ -128,24 +141,34 @@ def _decide(
     tokens: dict[str, Array],
     in_force: tuple[Limit, ...],
     router: RouterConfig | None,
+    expert_ranks: int,
 ) -> tuple[Routing, Routing, MoEMetrics, Array]:
     """``(made, kept, sums over ranks, whether the router's logits are the recorded ones)``, all leading with L."""
 
-    def on_rank(made: Routing, key: Array | None, state: dict[str, Array], tokens: dict[str, Array]) -> tuple:
+    hosted = (made.probs.shape[-1] - made.zero_experts) // expert_ranks
+
+    def on_rank(
+        made: Routing, key: Array | None, state: dict[str, Array], tokens: dict[str, Array], rank: Array, layer: Array
+    ) -> tuple:
+        first = rank % expert_ranks * hosted
         ctx = RouteContext(
             key=None if key is None else jax.random.wrap_key_data(key), mask=tokens["mask"],
-            token_ids=tokens["token_ids"], positions=tokens["positions"], request_ids=tokens["segments"],
+            token_ids=tokens["token_ids"], positions=tokens["positions"], request_ids=tokens["requests"],
+            local_experts=first + jnp.arange(hosted, dtype=jnp.int32) if expert_ranks > 1 else None,
         )  # fmt: skip
         fed = made.logits
         if router is not None:
             table = routing.FAMILIES[router.name].route(fed, _Weights(router.name, fed, state), ctx, _fed(router))
             made = dataclasses.replace(table, zero_experts=made.zero_experts)
-        kept = limits.apply(in_force, made, ctx)
+        kept = limits.apply(limits.for_layer(in_force, layer), made, ctx)
         same = jnp.all(made.logits == fed) if router is not None else jnp.bool_(True)
         return made, kept, summarise(made, kept, ctx, jnp.int32(0)), same
 
-    on_ranks = jax.vmap(on_rank, in_axes=(0, 0, None, 0))
-    made, kept, sums, same = jax.vmap(on_ranks, in_axes=(0, 0, 0, None))(made, key, state, tokens)
+    layers, ranks = (jnp.arange(n, dtype=jnp.int32) for n in made.probs.shape[:2])
+    on_ranks = jax.vmap(on_rank, in_axes=(0, 0, None, 0, 0, None))
+    made, kept, sums, same = jax.vmap(on_ranks, in_axes=(0, 0, 0, None, None, 0))(
+        made, key, state, tokens, ranks, layers
+    )
     return made, kept, jax.tree.map(lambda leaf: jnp.sum(leaf, axis=1), sums), jnp.all(same)
 
 
@@ -160,7 +183,15 @@ def decide(chunk: Chunk, setting: Setting, state: Mapping[str, np.ndarray]) -> t
     chunk = _regrouped(chunk, setting.ranks)
     held = {} if setting.router is None else dict(state)
     made, kept, sums, same = jax.device_get(
-        _decide(chunk.made, chunk.key, held, chunk.tokens, setting.limits, router=setting.router)
+        _decide(
+            chunk.made,
+            chunk.key,
+            held,
+            chunk.tokens,
+            setting.limits,
+            router=setting.router,
+            expert_ranks=setting.expert_ranks,
+        )
     )
     if setting.router is not None and not same:
         raise ConfigError(
@@ -219,6 +250,53 @@ class Tally:
         for name, join in (("max_over_mean", max), ("cv", max), ("dead", sum)):
             total[name] = tuple(join(values) for values in zip(*(row[name] for row in rows), strict=True))
         return [*rows, total]
+
+
+def fit_layer_factors(
+    source: Trace, moe: MoEConfig, mean: float, ranks: int = 0, grid: Sequence[float] = GRID
+) -> tuple[tuple[float, ...], tuple[float, float]]:
+    """Capacity factors of Token Drop by score, one for each MoE layer, with this mean: those that lose the least gate
+    weight in all.
+
+    The weight that a layer loses falls with its factor, and ever more slowly; so, from the lowest factor of ``grid``
+    on, the layer that gains most by its next factor gets it, until the mean is reached. With one expert on a rank the
+    sum of the factors is that of the busiest ranks' capacities, hence of the time, where every layer is at its limit.
+
+    Returns:
+      The factors, and the share of all gate weight that is lost with them and with ``mean`` in every layer.
+
+    Raises:
+      ConfigError: as :func:`setting_of`, or a mean outside the grid.
+    """
+    if not min(grid) <= mean <= max(grid):
+        raise ConfigError(f"mean={mean}: factors of layers are chosen in [{min(grid)}, {max(grid)}]")
+    plain = dataclasses.replace(moe, capacity_factor=0.0, capacity_limits=())
+    base, steps = setting_of(plain, source, ranks), sorted({*grid, mean})
+    lost, whole = np.zeros((len(source.layers), len(steps))), 0.0
+    for chunk in source:
+        for i, factor in enumerate(steps):
+            made, _ = decide(chunk, dataclasses.replace(base, limits=(limits.token_drop(factor),)), source.state)
+            gone = made.made.valid & ~made.kept.valid
+            lost[:, i] += np.where(gone, made.made.weight, 0.0).sum(axis=(1, 2, 3), dtype=np.float64)
+        whole += np.where(made.made.valid, made.made.weight, 0.0).sum(dtype=np.float64)
+    at, spent = np.zeros(len(lost), int), len(lost) * steps[0]
+    while True:
+        # Capacities are whole numbers, so a step may gain nothing and the two after it much: any number of them is one.
+        room = len(lost) * mean - spent + 1e-9
+        moves = [
+            ((lost[i, a] - lost[i, b]) / (steps[b] - steps[a]), i, b)
+            for i, a in enumerate(at)
+            for b in range(a + 1, len(steps))
+            if steps[b] - steps[a] <= room
+        ]
+        if not moves:
+            break
+        _, best, to = max(moves, key=lambda move: move[0])
+        spent += steps[to] - steps[at[best]]
+        at[best] = to
+    chosen = tuple(steps[a] + (len(lost) * mean - spent) / len(lost) for a in at)
+    fitted, even = sum(lost[i, a] for i, a in enumerate(at)), lost[:, steps.index(mean)].sum()
+    return chosen, (float(fitted / max(whole, 1e-20)), float(even / max(whole, 1e-20)))
 
 
 # --- policies -------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ class Rules:
     head_dim: str | None = None
     latent: str | None = None
     """Low ranks of latent attention."""
+    joined: str | None = None
+    """Two representations side by side (multi-token prediction)."""
     router: str | None = None
     """The router's expert axis: every rank needs all logits."""
     layers: str | None = None

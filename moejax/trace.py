@@ -12,7 +12,7 @@ import dataclasses
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,7 @@ from flax import nnx
 from moejax.config import ConfigError, ExperimentConfig, RouterConfig, config_hash, from_mapping, to_dict
 from moejax.data import Batch
 from moejax.data.cache import replacing
+from moejax.limits import describe as describe_limits
 from moejax.model import Decoder, moe_layer_ids
 from moejax.sharding import RouterState
 from moejax.types import Limit, Routing, RoutingRecord
@@ -101,21 +102,6 @@ def router_state(model: Decoder) -> dict[str, np.ndarray]:
             stacked = np.stack([np.asarray(arrays[name][...]) for arrays in routers], axis=1)
             parts.setdefault(name, []).append(stacked.reshape(-1, *stacked.shape[2:]))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
-
-
-def describe_limits(limits: Iterable[Limit]) -> list[dict[str, Any]]:
-    """Each limit as JSON values: the name of its class, and its fields."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, str | bool | int):
-            return value
-        array = np.asarray(value)  # a float32 0.3 is written so, and reads back as the same float32
-        return float(str(array)) if array.ndim == 0 and array.dtype.kind == "f" else array.tolist()
-
-    return [
-        {"name": type(limit).__name__} | {f.name: plain(getattr(limit, f.name)) for f in dataclasses.fields(limit)}  # ty: ignore[invalid-argument-type]
-        for limit in limits
-    ]
 
 
 def header(

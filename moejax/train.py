@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from moejax import losses
 from moejax.config import ExperimentConfig, ModelConfig, TrainConfig
 from moejax.metrics import tree_sum
-from moejax.model import Decoder, build, layer_groups
+from moejax.model import Decoder, build, layer_groups, moe_layer_ids
+from moejax.mtp import Predictions
 from moejax.recompile import Watched
 from moejax.sharding import RouterState, replicated, tree_shardings
 from moejax.types import MoEMetrics, TokenClass, pytree
@@ -37,7 +38,7 @@ class TrainState:
 @pytree
 class StepMetrics:
     loss: Float[Array, ""]
-    """Cross entropy plus weighted auxiliary losses, nats per token."""
+    """Cross entropy plus weighted auxiliary losses (and that of multi-token prediction), nats per token."""
     ce: Float[Array, ""]
     """Cross entropy, nats per token."""
     nll: Float[Array, ""]
@@ -45,13 +46,13 @@ class StepMetrics:
     text_bytes: Float[Array, ""]
     tokens: Float[Array, ""]
     aux: dict[str, Float[Array, ""]]
-    """Raw auxiliary losses, means over layers."""
+    """Raw auxiliary losses, means over layers; with ``train.mtp_weight`` also "mtp", the mean over modules."""
     grad_norm: Float[Array, ""]
     """Of all gradients, before clipping."""
     layer_grad_norm: Float[Array, "L"]
     """Of each layer, dense ones included, in order."""
     outer_grad_norm: dict[str, Float[Array, ""]]
-    """Of what lies outside the layers: embed, unembed, final_norm."""
+    """Of what lies outside the layers: embed, unembed, final_norm, mtp."""
     param_norm: Float[Array, ""]
     """Of the parameters after the step: not finite if one of them is not, or is beyond 1e19."""
     moe: MoEMetrics | None
@@ -164,6 +165,9 @@ class Trainer:
         else:
             grads, ce, moe, sums = self._accumulate(forward, state.params, batch, coefficients)
         aux, raw = losses.total(moe, coefficients) if moe is not None else (jnp.float32(0), {})
+        if train.mtp_weight:
+            ce, raw["mtp"] = sums[2:]
+            aux += train.mtp_weight * raw["mtp"]
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
         new = TrainState(
@@ -176,25 +180,42 @@ class Trainer:
         metrics = StepMetrics(
             loss=ce + aux, ce=ce, nll=sums[0], text_bytes=sums[1], tokens=total_tokens, aux=raw,
             grad_norm=optax.tree.norm(grads), layer_grad_norm=layer_norms, outer_grad_norm=outer_norms,
-            param_norm=optax.tree.norm(params), moe=moe,
+            param_norm=optax.tree.norm(params), moe=self._main(moe),
         )  # fmt: skip
         return new, metrics
 
     def _forward(self, router_state: nnx.State, key: Array, total_tokens: Array) -> Callable:
+        """``(params, micro-batch, its number) -> (loss, metrics, sums)``: sums of nll and of bytes over text, and with
+        multi-token prediction the two parts of the loss."""
+        weight = self.config.train.mtp_weight
+
         def forward(
             params: nnx.State, piece: dict[str, Array], index: Array | int
         ) -> tuple[Array, MoEMetrics | None, Array]:
             model = nnx.merge(self.graphdef, params, router_state)
             out = model(
                 piece["tokens"], positions=piece["positions"], segment_ids=piece["segment_ids"], mask=piece["mask"],
-                key=jax.random.fold_in(key, index), train=True,
+                key=jax.random.fold_in(key, index), train=True, mtp=bool(weight),
             )  # fmt: skip
             nll = token_nll(out.logits, piece["targets"]) * piece["mask"]
             text = self.byte_lengths[piece["targets"]] * piece["mask"]
             sums = jnp.stack([jnp.sum(jnp.where(text > 0, nll, 0.0)), jnp.sum(text)])
-            return jnp.sum(nll) / total_tokens, out.metrics, jax.lax.stop_gradient(sums)
+            loss, metrics = jnp.sum(nll) / total_tokens, out.metrics
+            if out.further is not None:
+                further = prediction_loss(out.further, piece["targets"]) / total_tokens
+                sums = jnp.concatenate([sums, jnp.stack([loss, further])])
+                loss += weight * further
+                if out.further.metrics is not None:  # the modules' routers are balanced like the others
+                    parts = [m for m in (metrics, out.further.metrics) if m is not None]
+                    metrics = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+            return loss, metrics, jax.lax.stop_gradient(sums)
 
         return forward
+
+    def _main(self, moe: MoEMetrics | None) -> MoEMetrics | None:
+        """The metrics of the main model's layers, without those of multi-token-prediction modules behind them."""
+        layers = len(moe_layer_ids(self.config.model))
+        return jax.tree.map(lambda leaf: leaf[:layers], moe) if self.config.train.mtp_weight else moe
 
     def _accumulate(self, forward: Callable, params: nnx.State, batch: dict[str, Array], coefficients: dict) -> tuple:
         """Gradients over micro-batches. With ``balance_scope="batch"`` auxiliary losses are those of the whole batch.
@@ -231,7 +252,8 @@ class Trainer:
             g, (c, moe, s) = jax.grad(micro_loss, has_aux=True)(params, piece[0], piece[1])
             return (jax.tree.map(jnp.add, grads, g), ce + c, sums + s), moe
 
-        zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.zeros(2))
+        sums = jnp.zeros(4 if self.config.train.mtp_weight else 2)
+        zero = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), sums)
         (grads, ce, sums), moe = jax.lax.scan(body, zero, (batch, indices))
         return grads, ce, None if moe is None else jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), moe), sums
 
@@ -257,6 +279,11 @@ class Trainer:
                 old = {n: flat[(*stem, n)][...] for n in names}
                 new = jax.vmap(lambda state, counts: update(state, counts, router, experts))(old, routed[:, slot])
                 flat.update({(*stem, n): flat[(*stem, n)].replace(value) for n, value in new.items()})
+        for k, counts in enumerate(pairs[first:]):  # of multi-token-prediction modules
+            stem = ("mtp", k, "block", "moe", "router", "arrays")
+            old = {str(path[-1]): leaf[...] for path, leaf in flat.items() if path[:-1] == stem}
+            new = update(old, counts, router, experts)
+            flat.update({(*stem, n): flat[(*stem, n)].replace(value) for n, value in new.items()})
         return nnx.from_flat_state(flat)
 
 
@@ -283,6 +310,15 @@ def token_nll(logits: Float[Array, "B S V"], targets: Int[Array, "B S"]) -> Floa
     """``-log softmax(logits)[target]`` in nats, float32."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.scipy.special.logsumexp(logits, axis=-1) - picked
+
+
+def prediction_loss(made: Predictions, targets: Int[Array, "B S"]) -> Float[Array, ""]:
+    """Sum of ``-log p`` over all valid predictions, divided by the number of modules (2412.19437, eqs. 24 and 25: over
+    the number of tokens it is the loss, without its weight), in nats. ``targets``: of the main model."""
+    place = jnp.minimum(made.place, targets.shape[1] - 1)
+    wanted = jnp.take_along_axis(targets[None], place, axis=2)
+    nll = jax.vmap(token_nll)(made.logits, wanted)
+    return jnp.sum(jnp.where(made.valid, nll, 0.0)) / len(made.logits)
 
 
 def _opt_shardings(opt_state: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -61,6 +61,8 @@ class Routing:
     load_prob: Float[Array, "T E"] | None = None
     """Probability that a fresh draw of the noise would select the expert (Shazeer's smooth load); None without
     noise."""
+    exceeded: Float[Array, "R"] | None = None
+    """Pairs of each row that a limit kept beyond its capacity, because it never drops them; None: no such limit."""
     zero_experts: int = static(0)
     """Zero-computation experts (LongCat): their pairs return the token times the weight. They take no row, no limit
     drops them, and a limit's mean load is that of the other experts."""
@@ -98,6 +100,7 @@ class RouteContext:
     token_ids: Int[Array, "T"] | None = None
     positions: Int[Array, "T"] | None = None
     request_ids: Int[Array, "T"] | None = None
+    """One number for each text that the model sees as one; unique over the batch."""
     modality: Int[Array, "T"] | None = None
     token_class: TokenClass | None = None
     """Only counted: ``MoEMetrics.by_class``. None: loads are not kept apart, and the program has no trace of it."""
@@ -132,6 +135,20 @@ class DispatchPlan:
     """As in :class:`Routing`."""
     overflow: Int[Array, ""]
     """Valid pairs that did not fit into ``P`` rows. Counted, never silent."""
+
+
+@pytree
+class ExchangePlan:
+    """Where the pairs of one piece of a rank's tokens go under expert parallelism, and what the rank receives.
+
+    Both buffers have ``P = ranks * C`` rows: C for each rank, of which the leading ones are filled, ordered by expert.
+    """
+
+    home: DispatchPlan
+    """The plan of the send buffer: its rows are the pairs that travel, ``group_sizes`` counts them for each of the E
+    experts, ``overflow`` those that found no row."""
+    received: Int[Array, "ranks e"]
+    """Rows that came from each rank for each expert of this one."""
 
 
 @pytree
@@ -187,6 +204,8 @@ class MoEMetrics:
     """Sum over tokens of ``logsumexp(logits)^2``."""
     entropy_sum: Float[Array, ""]
     """Sum over tokens of the entropy of the router's normalised probabilities, in nats."""
+    exceeded: Float[Array, ""] | None = None
+    """Pairs that a limit kept beyond its capacity (``keep_top1``); None where no limit may."""
     by_class: ClassSums | None = None
     """Some of these sums by token class, where the context names classes. They add up to the fields above."""
     zero_routed: Float[Array, "Z"] | None = None
@@ -219,9 +238,10 @@ class LayerReport:
 class InFlight:
     """An MoE layer between ``begin`` and ``finish``: what has been routed and where its rows are."""
 
-    xs: Float[Array, "P D"]
-    """Rows on their way to the experts, or the experts' outputs after ``compute``."""
-    plan: DispatchPlan
+    xs: Float[Array, "P D"] | tuple[Float[Array, "P D"], ...]
+    """Rows on their way to the experts, or the experts' outputs after ``compute``. Under expert parallelism one array,
+    and one plan, for each piece of tokens that travels on its own."""
+    plan: DispatchPlan | tuple[ExchangePlan, ...]
     weight: Float[Array, "R K"]
     metrics: MoEMetrics
     record: RoutingRecord | None = None

@@ -4,14 +4,15 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from moejax import attention, losses, routing
-from moejax.config import ConfigError, ExperimentConfig, ModelConfig
-from moejax.dispatch import PLANS
+from moejax import attention, limits, losses, routing
+from moejax.config import ConfigError, ExperimentConfig, ModelConfig, MoEConfig
+from moejax.dispatch import DISPATCHERS, resolve
 from moejax.model import moe_layer_ids
 
 AT_LEAST = {
     "train.steps": 0, "train.batch_size": 1, "train.accumulate": 1, "train.log_every": 1, "train.eval_every": 1,
     "train.checkpoint_every": 1, "train.keep_checkpoints": 1, "train.weight_decay": 0, "train.final_fraction": 0,
+    "train.mtp_weight": 0,
     "eval.batch_size": 1, "eval.max_tokens": 0, "eval.final_max_tokens": 0, "eval.task_limit": 0,
     "watch.dead_experts": 0, "watch.min_load_entropy": 0, "watch.max_busiest": 0, "watch.min_router_entropy": 0,
     "watch.min_pairs": 1,
@@ -21,7 +22,8 @@ MODEL_AT_LEAST = {
     "vocab_size": 0, "num_layers": 1, "dim": 1, "ffn_dim": 1, "logit_softcap": 0, "init_scale": 0,
     "attention.num_heads": 1, "attention.num_kv_heads": 1, "attention.head_dim": 1,
     "moe.first_dense": 0, "moe.every": 1, "moe.shared_experts": 0, "moe.capacity_factor": 0, "moe.router.jitter": 0,
-    "moe.shared_dim": 0, "moe.zero_experts": 0,
+    "moe.shared_dim": 0, "moe.zero_experts": 0, "mtp_layers": 0,
+    "moe.ep_buffer_factor": 0, "moe.ep_chunks": 1, "moe.virtual_ranks": 1,
 }  # fmt: skip
 
 
@@ -52,16 +54,38 @@ def check(config: ExperimentConfig) -> None:
         )
     if train.steps and not 0 <= train.warmup_steps < train.steps:
         raise ConfigError(f"train.warmup_steps={train.warmup_steps} must lie in [0, train.steps={train.steps})")
+    _check_prediction(config)
     if config.data.source == "files" and not config.data.domains:
         raise ConfigError("data.source='files' needs data.domains={name: {train: PATH, valid: PATH}}")
     if config.data.seq_len < 2:
         raise ConfigError(f"data.seq_len={config.data.seq_len}: must be 2 or more")
     moe = config.model.moe
+    if has_experts(config.model):
+        _check_real_ranks(config)
     if has_experts(config.model) and moe.num_experts % config.mesh.expert:
         choices = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
         raise ConfigError(
             f"moe.num_experts={moe.num_experts} not divisible by mesh axis 'expert'={config.mesh.expert}: "
             f"choose one of {choices}"
+        )
+
+
+def _check_prediction(config: ExperimentConfig) -> None:
+    modules, weight = config.model.mtp_layers, config.train.mtp_weight
+    if weight and not modules:
+        raise ConfigError(
+            f"train.mtp_weight={weight} weighs the loss of multi-token-prediction modules, and model.mtp_layers=0: set "
+            "that to 1 or more, or the weight to 0"
+        )
+    if modules and config.train.steps and not weight:
+        raise ConfigError(
+            f"model.mtp_layers={modules} with train.mtp_weight=0: training would move their weights by weight decay "
+            "alone; set the weight (DeepSeek-V3: 0.3, later 0.1), or mtp_layers=0"
+        )
+    if weight and modules >= config.data.seq_len:
+        raise ConfigError(
+            f"model.mtp_layers={modules} needs data.seq_len above it, not {config.data.seq_len}: module k predicts the "
+            "token k + 1 places on"
         )
 
 
@@ -96,24 +120,76 @@ def check_model(config: ModelConfig) -> None:
     attention.check(config)
     moe = config.moe
     _check_placement(config)
+    if not 0 < config.logit_scale < float("inf"):
+        raise ConfigError(f"model.logit_scale={config.logit_scale}: must be a finite number above 0; 1 changes nothing")
+    if config.sandwich_norm and config.wiring != "standard":
+        raise ConfigError(
+            f"model.sandwich_norm=True with model.wiring={config.wiring!r}: its blocks have no norm after attention "
+            "and FFN; set it to False, or wiring='standard'"
+        )
+    if config.mtp_layers and config.wiring != "standard":
+        raise ConfigError(
+            f"model.mtp_layers={config.mtp_layers} with model.wiring={config.wiring!r}: modules of that kind are not "
+            "known (LongCat-Flash's own has a dense block): set it to 0, or wiring='standard'"
+        )
     if not has_experts(config):
         return
     for name in ("num_experts", "expert_dim"):
         if getattr(moe, name) < 1:
             raise ConfigError(f"moe.{name}={getattr(moe, name)}: must be 1 or more")
-    routing.family(moe.router, moe.num_experts, zero_experts=moe.zero_experts)
+    causal = routing.family(moe.router, moe.num_experts, zero_experts=moe.zero_experts).causal
+    limits.check(limits.of_config(moe), moe, len(moe_layer_ids(config)), causal=causal)
     if moe.shared_dim and not moe.shared_experts:
         raise ConfigError(
             f"moe.shared_dim={moe.shared_dim} is the width of shared experts, but moe.shared_experts=0: set that to 1 "
             "or more, or leave shared_dim at 0"
         )
     losses.check(moe)
-    if moe.dispatcher not in PLANS:
-        raise ConfigError(f"moe.dispatcher={moe.dispatcher!r}: choose one of {', '.join(sorted(PLANS))}")
+    if moe.dispatcher not in DISPATCHERS:
+        raise ConfigError(f"moe.dispatcher={moe.dispatcher!r}: choose one of {', '.join(sorted(DISPATCHERS))}")
+    _check_ranks(moe)
+
+
+def _check_ranks(moe: MoEConfig) -> None:
+    if moe.ep_buffer_factor == float("inf"):
+        raise ConfigError("moe.ep_buffer_factor=inf: must be a finite number; 0 reserves the worst case")
+    if moe.num_experts % moe.virtual_ranks:
+        choices = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
+        raise ConfigError(
+            f"moe.num_experts={moe.num_experts} not divisible by moe.virtual_ranks={moe.virtual_ranks}: choose one of "
+            f"{choices}"
+        )
+    if moe.dispatcher != "ep":
+        for name, default in (("ep_exchange", "auto"), ("ep_buffer_factor", 0.0)):
+            if getattr(moe, name) != default:
+                raise ConfigError(
+                    f"moe.{name}={getattr(moe, name)!r} is a setting of moe.dispatcher='ep', and that is "
+                    f"{moe.dispatcher!r}, which exchanges nothing: set it to 'ep', or {name}={default!r}"
+                )
+    if moe.ep_exchange == "chunked" and not routing.FAMILIES[moe.router.name].causal:
+        raise ConfigError(
+            f"moe.ep_exchange='chunked' cuts tokens into pieces, and with router.name={moe.router.name!r} experts "
+            "choose among all of them: choose 'padded' or 'auto'"
+        )
+
+
+def _check_real_ranks(config: ExperimentConfig) -> None:
+    moe, ranks = config.model.moe, config.mesh.expert
+    if moe.dispatcher == "ep" and ranks > 1 and moe.virtual_ranks > 1:
+        raise ConfigError(
+            f"moe.virtual_ranks={moe.virtual_ranks} with moe.dispatcher='ep' on mesh.expert={ranks}: limits see the "
+            "ranks that there are; set virtual_ranks=1, or moe.dispatcher='local'"
+        )
 
 
 def check_devices(config: ExperimentConfig, token_shards: int) -> None:
-    """Divisibility that is known only with the devices in hand."""
+    """What is known only with the devices in hand: divisibility, and what the platform has.
+
+    Raises:
+      ConfigError: with the field, the value and a way out.
+    """
+    if config.model.moe.dispatcher == "ep" and config.mesh.expert > 1 and has_experts(config.model):
+        resolve(config.model.moe.ep_exchange)
     micro = config.train.batch_size // config.train.accumulate
     if micro % token_shards:
         raise ConfigError(

@@ -64,6 +64,18 @@ NOTES = {
     "longcat: zero experts in transformers 5": """Its fused gate_up_proj has rows for the zero experts too. Nothing uses
     them; it writes them (as gate_proj and up_proj of those experts, without down_proj); and it cannot load a published
     folder, which has none. We read both, and write the published layout.""",
+    "phimoe: long contexts": """Beyond original_max_position_embeddings Microsoft's code and transformers 4.57 take the
+    long factors; transformers 5.17 takes long_mscale with the short factors (its rotary embedding calls the frequencies
+    without a length). We follow the first: that case is of version 4 only. They count the tokens so far, and what is
+    cached stays rotated as it was; here the width of the batch or the places of the cache decide, for all of it.""",
+    "phimoe: sliding window": """transformers 5 applies it and 4.57 does not everywhere. Published files have it as
+    wide as the longest text, where it does nothing; a narrower one is refused.""",
+    "phimoe: training": """Its router draws experts at random there, with a gradient estimate of its own. Cases are of
+    evaluation.""",
+    "dbrx: rope_theta": """transformers 4 and Databricks' code take attn_config.rope_theta, 5.17 takes rope_parameters
+    and so 10,000 for a published folder. Where both are there and differ, the importer refuses.""",
+    "llama4: attention_bias": """4.57 has no such key and makes no biases: that case is of version 5 only.""",
+    "llama4: temperature": """transformers counts positions from the left end of a padded row, we count real tokens.""",
     "qwen2_moe: sliding windows": """4.57 with eager attention gives every layer the window, with other back ends the
     layers from max_window_layers on; version 5 every other one of the layers before it. No published checkpoint uses
     one, and there is no case.""",
@@ -84,6 +96,21 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [2.0, 4.0, 7.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+    "original_max_position_embeddings": 16,
+}
+DBRX_FFN = {
+    "ffn_hidden_size": 22,
+    "moe_num_experts": 7,
+    "moe_top_k": 3,
+    "moe_normalize_expert_weights": 1.0,
+    "ffn_act_fn": {"name": "silu"},
 }
 MSCALE = {**YARN, "mscale": 1.3, "mscale_all_dim": 0.6}
 
@@ -190,6 +217,44 @@ BASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {**YARN, "truncate": False},
         "attention_bias": True,
     },
+    "phimoe": {
+        "hidden_size": 36,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 2,
+        "intermediate_size": 22,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.2,  # large, so that many choices have a rival
+        "rope_theta": 500.0,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    "dbrx": {
+        "vocab_size": 67,
+        "d_model": 30,
+        "n_heads": 5,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "use_cache": False,
+        "attn_config": {"clip_qkv": 1.5, "kv_n_heads": 5, "rope_theta": 500.0},
+        "ffn_config": DBRX_FFN,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+    "llama4_text": {
+        **GROUPED,
+        "num_hidden_layers": 3,
+        "intermediate_size": 22,
+        "intermediate_size_mlp": 26,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 1,
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 6,
+        "floor_scale": 4,
+        "attn_scale": 0.7,
+        "rope_theta": 500.0,
+        "rope_scaling": {**LLAMA3, "high_freq_factor": 1.0},
+    },
     "longcat_flash": {
         **LATENT,
         "head_dim": 6,
@@ -257,6 +322,33 @@ CASES = (
     Case("gpt_oss", "truncated_ramp", {"rope_scaling": YARN}),
     Case("gpt_oss", "layer_types", {**SPARSE, "layer_types": ["full_attention", *["sliding_attention"] * 2]}),
     Case("gpt_oss", "no_bias", {"attention_bias": False, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    Case("phimoe", "base", {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 32}}, fused=True),
+    Case("phimoe", "long", {"rope_scaling": LONGROPE, "lm_head_bias": False}, versions=(4,)),
+    Case("phimoe", "plain", {"attention_bias": False, "tie_word_embeddings": True, "router_jitter_noise": 0.05}),
+    Case("dbrx", "base"),
+    Case(
+        "dbrx",
+        "plain_weights",
+        {
+            "attn_config": {"clip_qkv": 0.7, "kv_n_heads": 1, "rope_theta": 500.0},
+            "ffn_config": {**DBRX_FFN, "moe_normalize_expert_weights": None},
+        },
+    ),
+    Case("llama4_text", "base"),
+    Case(
+        "llama4_text",
+        "interleaved",
+        {
+            "interleave_moe_layer_step": 2,
+            "num_experts_per_tok": 2,
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_bias": True,
+            "rope_scaling": None,
+            "tie_word_embeddings": True,
+        },
+        versions=(5,),
+    ),
     Case("longcat_flash", "base", bias=(-0.2, 0.2), fused=True),
     Case("longcat_flash", "no_zero_experts", {"zero_expert_num": 0}, bias=(-0.2, 0.2)),
     Case("longcat_flash", "tied", {"tie_word_embeddings": True, "routed_scaling_factor": 1.0}, bias=(-0.2, 0.2)),
@@ -266,7 +358,8 @@ CASES = (
 
 def settings(case: Case) -> dict[str, Any]:
     """Keyword arguments of the family's config class (transformers 5 reads those of version 4)."""
-    made = {**COMMON, **BASES[case.family], **case.changes}
+    common = {} if case.family == "dbrx" else COMMON  # which has names of its own for all of them
+    made = {**common, **BASES[case.family], **case.changes}
     ids = {"bos_token_id": None, "eos_token_id": 0} if case.text else {"bos_token_id": 1, "eos_token_id": 2}
     return {**json.loads(json.dumps(made)), **ids, "pad_token_id": None}
 
@@ -282,14 +375,15 @@ def value(case: Case, name: str, shape: tuple[int, ...], seed: int) -> np.ndarra
         return steps / 16
     if name.endswith("bias"):
         return steps / 64
-    if name.endswith("norm.weight") or "layernorm" in name:
+    if re.search(r"norm(_\w)?\.weight$", name) or "layernorm" in name:
         return 1 + steps / 64
-    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-        return steps / 16 if "embed" in name else steps / 64
-    # gpt-oss multiplies from the left: [in, out]. All others are [out, in].
-    fan_in = shape[-2] if case.family == "gpt_oss" and ".experts." in name else shape[-1]
+    if name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
+        return steps / 64 if "head" in name else steps / 16
+    # gpt-oss and Llama 4 multiply from the left: [in, out]. All others are [out, in].
+    fan_in = shape[-2] if case.family in ("gpt_oss", "llama4_text") and ".experts." in name else shape[-1]
     gain = 1.5
-    if name.endswith(("gate.weight", "router.weight", "classifier.weight")) and "shared" not in name:
+    routers = ("gate.weight", "router.weight", "classifier.weight", "router.layer.weight")
+    if name.endswith(routers) and "shared" not in name:
         gain = 1.2
     if case.family == "gpt_oss" and name.endswith("experts.gate_up_proj"):
         gain = 4.0  # so that the clamps at 7 are reached
@@ -314,11 +408,12 @@ def margin(case: Case, config: Any, router: Any, hidden: Any) -> tuple[float, fl
     import torch
 
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    weight = router.classifier.weight if hasattr(router, "classifier") else router.weight
+    weight = getattr(router, "classifier", getattr(router, "layer", router)).weight
     logits = hidden @ weight.T + (router.bias if case.family == "gpt_oss" else 0)
-    k = getattr(config, "moe_topk", None) or config.num_experts_per_tok
+    k = config.ffn_config.moe_top_k if case.family == "dbrx" else getattr(config, "moe_topk", None)
+    k = k or config.num_experts_per_tok
     scores = logits.sigmoid() if case.family == "deepseek_v3" else logits.softmax(-1)
-    if case.family == "gpt_oss":
+    if case.family in ("gpt_oss", "llama4_text", "phimoe"):
         scores = logits
 
     def gap(values: Any, kept: int) -> float:
@@ -328,7 +423,7 @@ def margin(case: Case, config: Any, router: Any, hidden: Any) -> tuple[float, fl
         return (ranked[:, kept - 1] - ranked[:, kept]).min().item()
 
     choice = scores + getattr(router, "e_score_correction_bias", 0)
-    gaps = []
+    gaps = [gap(choice, 1), *rivals(choice, config.router_jitter_noise)] if case.family == "phimoe" else []
     groups = getattr(config, "n_group", None) or 1
     if groups > 1:
         parts = choice.reshape(len(choice), groups, -1)
@@ -338,6 +433,19 @@ def margin(case: Case, config: Any, router: Any, hidden: Any) -> tuple[float, fl
         kept = torch.zeros_like(group_scores).scatter(1, group_scores.topk(config.topk_group, -1).indices, 1).bool()
         choice = parts.masked_fill(~kept[..., None], float("-inf")).reshape(choice.shape)
     return min([*gaps, gap(choice, k)]), logits.std(-1).mean().item()
+
+
+def rivals(logits: Any, margin: float) -> list[float]:
+    """How near a logit comes to the line that parts the rivals of SparseMixer's choices from the others."""
+    import torch
+
+    found, rest = [], logits
+    for _ in range(2):
+        best, expert = rest.max(-1, keepdim=True)
+        share = (best - logits) / torch.maximum(logits.abs(), best)
+        found.append((share - 2 * margin).abs().min().item())
+        rest = rest.scatter(1, expert, float("-inf"))
+    return found
 
 
 def run(case: Case, model: Any, tokens: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -350,7 +458,7 @@ def run(case: Case, model: Any, tokens: np.ndarray) -> tuple[np.ndarray, float, 
             lambda module, inputs: seen.append(margin(case, model.config, module, inputs[0]))
         )
         for name, module in model.named_modules()
-        if name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".mlp.router"))
+        if name.endswith((".mlp.gate", ".block_sparse_moe.gate", ".mlp.router", ".feed_forward.router", ".ffn.router"))
     ]
     assert hooks
     with torch.no_grad():

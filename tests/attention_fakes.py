@@ -12,15 +12,18 @@ LATENT = {"kind": "latent", "num_heads": 3, "num_kv_heads": 3, "head_dim": 5, "l
 """Sizes that all differ."""
 
 
-def formula(rope, theta, dims):
-    """Pair by pair. YaRN: 2309.00071, equations 17 to 20 with the ramp over dimensions (section A.2 and the released
-    code); llama3: the release of Llama 3.1."""
+def formula(rope, theta, dims, places=0):
+    """Pair by pair. LongRoPE: 2402.13753, equation 2, with the factors of the number of places. YaRN: 2309.00071,
+    equations 17 to 20 with the ramp over dimensions (section A.2 and the released code); llama3: the release of Llama
+    3.1."""
     out = []
     for i in range(dims // 2):
         f = theta ** (-2 * i / dims)
         turns = rope.original_length * f / (2 * math.pi)
         if rope.scaling == "linear":
             f /= rope.factor
+        elif rope.scaling == "longrope":
+            f /= (rope.long_factor if places > rope.original_length else rope.short_factor)[i]
         elif rope.scaling == "yarn":
             ends = [dims / 2 * math.log(rope.original_length / (b * 2 * math.pi), theta)
                     for b in (rope.beta_fast, rope.beta_slow)]  # fmt: skip
@@ -38,13 +41,14 @@ def formula(rope, theta, dims):
     return np.asarray(out)
 
 
-def rotate(x, position, theta, rope):
+def rotate(x, position, theta, rope, places=0):
     """One head's dimensions at one position."""
     dims = int(len(x) * rope.fraction)
     y = x.copy()
-    for i, f in enumerate(formula(rope, theta, dims)):
+    m = magnitude(rope, places)
+    for i, f in enumerate(formula(rope, theta, dims, places)):
         a, b = (2 * i, 2 * i + 1) if rope.layout == "interleaved" else (i, i + dims // 2)
-        cos, sin = math.cos(position * f) * magnitude(rope), math.sin(position * f) * magnitude(rope)
+        cos, sin = math.cos(position * f) * m, math.sin(position * f) * m
         y[a], y[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
     return y
 
@@ -53,9 +57,10 @@ def norm(x, scale, eps):
     return x / np.sqrt((x * x).mean() + eps) * scale
 
 
-def weigh(q, keys, values, scale, sink=None):
-    """Softmax of scale * q k over the keys and, if there is one, the sink, which has no value."""
-    weights = [math.exp(scale * (q @ k)) for k in keys]
+def weigh(q, keys, values, scale, sink=None, cap=0.0):
+    """Softmax of scale * q k, capped, over the keys and, if there is one, the sink, which has no value."""
+    capped = (lambda s: cap * math.tanh(s / cap)) if cap else (lambda s: s)
+    weights = [math.exp(capped(scale * (q @ k))) for k in keys]
     total = sum(weights) + (0 if sink is None else math.exp(sink))
     return sum(w / total * v for w, v in zip(weights, values, strict=True))
 
@@ -68,8 +73,8 @@ def arrays(module):
     return {name: made.get(name) for name in names}
 
 
-def grouped(module, x, positions, seen):
-    """``[S, D]`` of one row; ``seen[s]`` are the places that token s sees."""
+def grouped(module, x, positions, seen, rotates=True):
+    """``[S, D]`` of one row; ``seen[s]`` are the places that token s sees. ``rotates``: the layer has positions."""
     config, w = module.config, arrays(module)
     heads, groups = config.num_heads, config.num_kv_heads
     eps = 1e-6
@@ -83,11 +88,17 @@ def grouped(module, x, positions, seen):
             y = norm(y, scale, eps)
         elif scale is not None:
             y = np.stack([norm(head, scale, eps) for head in y])
-        return y
+        return np.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
 
-    turn = lambda head, p: rotate(head, p, config.rope_theta, config.rope)  # noqa: E731
-    q = [[turn(head, p) for head in project(z, "q", heads)] for z, p in zip(x, positions, strict=True)]
-    k = [[turn(head, p) for head in project(z, "k", groups)] for z, p in zip(x, positions, strict=True)]
+    def turn(head, p, is_query):
+        if not rotates:
+            grows = 1 + config.temperature * math.log(1 + (p + 1) // config.temperature_length)
+            return head * (grows if is_query else 1)
+        head = rotate(head, p, config.rope_theta, config.rope, len(x))
+        return norm(head, 1.0, eps) if config.qk_unit_norm else head
+
+    q = [[turn(head, p, True) for head in project(z, "q", heads)] for z, p in zip(x, positions, strict=True)]
+    k = [[turn(head, p, False) for head in project(z, "k", groups)] for z, p in zip(x, positions, strict=True)]
     v = [project(z, "v", groups) for z in x]
     out = np.zeros_like(x)
     for s, places in enumerate(seen):
@@ -95,7 +106,8 @@ def grouped(module, x, positions, seen):
             g = h * groups // heads
             scale = config.softmax_scale or config.head_dim**-0.5
             sink = None if w["sinks"] is None else w["sinks"][h]
-            out[s] += weigh(q[s][h], [k[j][g] for j in places], [v[j][g] for j in places], scale, sink) @ w["o"][h]
+            picked = [k[j][g] for j in places], [v[j][g] for j in places]
+            out[s] += weigh(q[s][h], *picked, scale, sink, config.score_softcap) @ w["o"][h]
         if w["o_bias"] is not None:
             out[s] += w["o_bias"]
     return out

@@ -14,7 +14,7 @@ from flax import nnx
 from moejax.checkpoint import flatten
 from moejax.importers import configs
 from moejax.importers.matching import blocks
-from moejax.importers.tables import LAYER, TABLES
+from moejax.importers.tables import TABLES
 from moejax.model import Decoder
 from moejax.sharding import RouterState
 
@@ -280,7 +280,7 @@ def small_tensors(raw: Mapping[str, Any], layout: str = "per_expert", dtype: Any
             wanted = row.layout in ("", layout) or (row.layout == "fused" and raw["model_type"] == "gpt_oss")
             if wanted and (row.layout or row.target not in targets):
                 targets.add(row.target)
-                shapes |= dict.fromkeys(row.names(LAYER.format(layer)), row.stored)
+                shapes |= dict.fromkeys(row.names(table.layer.format(layer)), row.stored)
     rng = np.random.default_rng(0)
     return {name: rng.normal(0, 1 / math.sqrt(shape[-1]), shape).astype(dtype) for name, shape in shapes.items()}
 

@@ -27,7 +27,7 @@ LAB = ("olmoe_like", "mixtral_like", "qwen_like", "deepseek_like")
 ZOO = (
     "mixtral_8x7b", "mixtral_8x22b", "olmoe_1b_7b", "deepseek_moe_2b", "deepseek_moe_16b", "deepseek_moe_145b",
     "deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "qwen15_moe_a27b", "qwen2_57b_a14b", "qwen3_30b_a3b",
-    "qwen3_235b_a22b", "gpt_oss_20b", "gpt_oss_120b", "longcat_flash",
+    "qwen3_235b_a22b", "gpt_oss_20b", "gpt_oss_120b", "longcat_flash", "dbrx", "grok_1", "phi35_moe", "llama4_scout",
 )  # fmt: skip
 MODELS = {f"configs.models.{name}": ("full", "tiny") for name in ZOO}
 FILES = {

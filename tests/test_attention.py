@@ -1,6 +1,7 @@
 """Grouped and latent attention against plain NumPy, each setting, caches, and the checks of settings."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -31,6 +32,8 @@ from tests.attention_fakes import LATENT, grouped, latent
 B, S, DIM = 2, 8, 12
 YARN = RopeConfig(scaling="yarn", factor=4.0, original_length=8, beta_fast=4.0, beta_slow=0.5, layout="interleaved",
                   mscale=0.7, mscale_all_dim=0.4)  # fmt: skip
+LONG = RopeConfig(scaling="longrope", original_length=7, short_factor=(1.0, 2.0, 3.0), long_factor=(4.0, 1.0, 7.0),
+                  short_mscale=1.1, long_mscale=1.3)  # fmt: skip
 PLAIN = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "rope_theta": 50.0}
 CASES = {
     "grouped": PLAIN,
@@ -41,6 +44,13 @@ CASES = {
     "latent": LATENT | {"rope_theta": 50.0},
     "deepseek": LATENT | {"query_rank": 8, "bias": True, "output_bias": True, "rope": YARN},
     "longcat": LATENT | {"query_rank": 8, "scale_latents": True, "window": 4, "softmax_scale": 0.4},
+    "dbrx": PLAIN | {"clip_qkv": 0.6, "bias": True},
+    "grok": PLAIN | {"score_softcap": 0.5},
+    "phi": PLAIN | {"bias": True, "rope": LONG},
+    "llama4": PLAIN | {"qk_unit_norm": True, "window": 3, "window_kind": "chunks",
+                       "rope": RopeConfig(layout="interleaved")},
+    "llama4, no positions": PLAIN | {"qk_unit_norm": True, "no_rope_layers": (0,), "temperature": 0.7,
+                                     "temperature_length": 3},
 }  # fmt: skip
 
 
@@ -54,8 +64,9 @@ def inputs(module, **more):
     """Positions are not places, so that one cannot stand for the other."""
     positions = jnp.asarray([[0, 2, 3, 4, 6, 7, 9, 10], [5, 6, 7, 8, 9, 10, 11, 12]])
     made = attention_input(positions, None, None, None, (B, S))
-    window = module.config.window
-    return dataclasses.replace(made, window=jnp.int32(window) if window else None, **more)
+    window, still = module.config.window, module.config.no_rope_layers
+    facts = {"window": jnp.int32(window) if window else None, "rotates": jnp.bool_(False) if still else None}
+    return dataclasses.replace(made, **facts, **more)
 
 
 def x_of(seed=1):
@@ -72,7 +83,8 @@ def in_pieces(module, x, tokens):
     """Seven tokens, then one, into a cache with room to spare."""
     cache, out = empty_cache(module.config, (B, S + 2), jnp.float32), []
     for first, end in [(0, 7), (7, 8)]:
-        piece = AttentionInput(tokens.positions[:, first:end], tokens.index[:, first:end], None, tokens.window)
+        part = {name: getattr(tokens, name)[:, first:end] for name in ("positions", "index")}
+        piece = dataclasses.replace(tokens, **part, places=S + 2)
         y, cache = module(x[:, first:end], piece, cache)
         out.append(y)
     return jnp.concatenate(out, axis=1), cache
@@ -83,9 +95,16 @@ def test_equals_plain_numpy_with_and_without_a_cache(name):
     """For latent attention the two are the plain and the absorbed form."""
     module, x = attention(**CASES[name]), x_of()
     tokens, window = inputs(module), module.config.window or S
-    seen = [range(max(0, s - window + 1), s + 1) for s in range(S)]
+
+    def seen(b):
+        chunks = module.config.window_kind == "chunks"
+        return [range(max(0, s - (p % window if chunks else window - 1)), s + 1) for s, p in enumerate(positions[b])]
+
+    positions = np.asarray(tokens.positions)
     reference = latent if isinstance(module, LatentAttention) else grouped
-    expected = [reference(module, fakes.f64(x[b]), np.asarray(tokens.positions[b]), seen) for b in range(B)]
+    if tokens.rotates is not None:
+        reference = functools.partial(grouped, rotates=False)
+    expected = [reference(module, fakes.f64(x[b]), positions[b], seen(b)) for b in range(B)]
     assert np.abs(expected).mean() > 0.1
     np.testing.assert_allclose(whole(module, x, tokens), expected, rtol=1e-4, atol=1e-5)
     cached, cache = in_pieces(module, x, tokens)
@@ -102,6 +121,12 @@ CHANGES = [
     ("deepseek", {"output_bias": False}), ("deepseek", {"rope": RopeConfig(layout="interleaved")}),
     ("deepseek", {"rope": dataclasses.replace(YARN, mscale=1.4, mscale_all_dim=0.8)}),
     ("longcat", {"scale_latents": False}), ("longcat", {"window": 3}), ("longcat", {"softmax_scale": 0.0}),
+    ("dbrx", {"clip_qkv": 0.0}), ("grok", {"score_softcap": 0.0}), ("llama4", {"qk_unit_norm": False}),
+    ("llama4", {"window_kind": "sliding"}), ("llama4, no positions", {"temperature": 0.1}),
+    ("llama4, no positions", {"temperature_length": 2}),
+    ("llama4, no positions", {"no_rope_layers": (), "temperature": 0.0, "temperature_length": 8192}),
+    ("phi", {"rope": dataclasses.replace(LONG, original_length=8)}),
+    ("phi", {"rope": dataclasses.replace(LONG, long_mscale=1.0)}),
 ]  # fmt: skip
 
 
@@ -299,9 +324,29 @@ REFUSED = {
     "yarn's theta": ({"rope_theta": 1.0, "rope": RopeConfig(**YARN_PLAIN)}, r"rope_theta=1.0 with .*must be above 1"),
     "llama3's length": ({"rope": RopeConfig(scaling="llama3", factor=8.0)}, r"original_length=0 with .*'llama3'"),
     "llama3's ends": (
-        {"rope": RopeConfig(scaling="llama3", factor=8.0, original_length=64, high_freq_factor=1.0)},
-        r"high_freq_factor=1.0 with .*above low_freq_factor=1.0",
+        {"rope": RopeConfig(scaling="llama3", factor=8.0, original_length=64, high_freq_factor=0.5)},
+        r"high_freq_factor=0.5 with .*must be low_freq_factor=1.0 or more",
     ),
+    "longrope's length": ({"rope": dataclasses.replace(LONG, original_length=0)}, r"original_length=0 with .*longrope"),
+    "longrope's pairs": ({"head_dim": 8, "rope": LONG}, r"short_factor=.* one number for each of the 4 pairs"),
+    "longrope's zero": (
+        {"head_dim": 6, "rope": dataclasses.replace(LONG, long_factor=(1.0, 0.0, 1.0))}, r"long_factor.*above 0",
+    ),
+    "longrope's scale": ({"head_dim": 6, "rope": dataclasses.replace(LONG, long_mscale=0.0)}, r"long_mscale=0.0 with"),
+    "longrope's factor": ({"head_dim": 6, "rope": dataclasses.replace(LONG, factor=2.0)}, r"factor=2.0 is not read"),
+    "clipped latent": ({**LATENT, "clip_qkv": 8.0}, r"attention.clip_qkv=8.0 is of attention.kind='grouped'"),
+    "still latent": ({**LATENT, "no_rope_layers": (0,)}, r"no_rope_layers=\(0,\) is of attention.kind='grouped'"),
+    "chunks of latent": ({**LATENT, "window": 4, "window_kind": "chunks"}, r"window_kind='chunks' is of .*'grouped'"),
+    "chunks of nothing": ({"window_kind": "chunks"}, r"window_kind='chunks' needs attention.window"),
+    "still layer out of range": ({"no_rope_layers": (2,)}, r"no_rope_layers=\(2,\) must be .*num_layers=2"),
+    "temperature everywhere": ({"temperature": 0.1}, r"temperature=0.1 acts in layers without rotary positions"),
+    "temperature's length": ({"temperature_length": 4}, r"temperature_length=4 is not read with .*temperature=0"),
+    "no length of temperature": (
+        {"no_rope_layers": (0,), "temperature": 0.1, "temperature_length": 0}, r"temperature_length=0: must be 1",
+    ),
+    "two norms": ({"qk_norm": True, "qk_unit_norm": True}, r"qk_unit_norm and attention.qk_norm are two norms"),
+    "fused cap": ({"score_softcap": 30.0, "implementation": "cudnn"}, r"'cudnn' has no attention.score_softcap"),
+    "negative clip": ({"clip_qkv": -1.0}, r"clip_qkv=-1.0: must be 0 or more"),
 }  # fmt: skip
 
 

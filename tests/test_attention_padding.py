@@ -19,6 +19,10 @@ KINDS = {
     "window and sinks": {"window": 3, "window_layers": (1,), "sinks": True},
     "latent": LATENT | {"query_rank": 6, "window": 4, "window_layers": (0,), "rope": RopeConfig(layout="interleaved")},
 }
+KINDS["chunks, no positions"] = {
+    "window": 3, "window_layers": (0,), "window_kind": "chunks", "no_rope_layers": (1,), "qk_unit_norm": True,
+    "temperature": 0.5, "temperature_length": 2,
+}  # fmt: skip
 ALL = [*KINDS, "experts"]
 STARTS = {"right": (0, 0, 0), "left": (6, 3, 11), "either": (0, 3, 7), "middle": (2, 3, 5)}
 """Where each row begins; "middle" also takes two places between its tokens."""

@@ -12,6 +12,7 @@ from flax import nnx
 
 from moejax.attention import attention_input
 from moejax.blocks import LongCatBlock
+from moejax.config import RopeConfig
 from moejax.model import layer_groups, moe_layer_ids, repeated_patterns
 from moejax.sharding import batch_sharding
 from moejax.train import Trainer
@@ -179,6 +180,29 @@ MODELS = {
         "moe": {"router": router_config("softmax_of_topk", bias=True), "num_experts": 8, "expert_bias": True},
     },
     "longcat": LONGCAT,
+    "dbrx": {"norm": "layer", "attention": {"clip_qkv": 0.5}, "moe": {"num_experts": 8}},
+    "grok": {
+        "activation": "geglu", "sandwich_norm": True, "logit_scale": 0.6, "attention": {"score_softcap": 2.0},
+        "moe": {"num_experts": 8, "router": router_config("topk_of_softmax", renormalise=False)},
+    },
+    "phi": {
+        "norm": "layer_bias", "logit_bias": True,
+        "attention": {
+            "bias": True, "output_bias": True,
+            "rope": RopeConfig(scaling="longrope", original_length=4, short_factor=(1.0, 2.0), long_factor=(3.0, 9.0)),
+        },
+        "moe": {"num_experts": 8, "router": router_config("sparsemixer", mask_margin=0.3)},
+    },
+    "llama4": {
+        "attention": {
+            "window": 3, "window_layers": (0,), "window_kind": "chunks", "no_rope_layers": (1,), "qk_unit_norm": True,
+            "temperature": 0.5, "temperature_length": 2,
+        },
+        "moe": {
+            "num_experts": 8, "shared_experts": 1, "weigh": "input",
+            "router": router_config("topk_of_sigmoid", k=1, renormalise=False),
+        },
+    },
 }  # fmt: skip
 
 

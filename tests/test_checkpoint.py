@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back bit for bit, on any mesh; what is damaged is named."""
 
 import dataclasses
+import functools
 import json
 import logging
 import random
@@ -116,6 +117,52 @@ def test_restored_state_is_bit_equal_on_any_mesh(made: Trainer, saved: Path, mes
     assert meta == {"step": 3, "config": to_dict(CONFIG), "data": {"seed": 3}}
     for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(other.shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+DEGREES = (1, 2, 4, 8)
+CROSSED = [(1, 8), (8, 1), (2, 4), (4, 2)]
+
+
+def expert_parallel(degree: int) -> Trainer:
+    moe = dataclasses.replace(CONFIG.model.moe, num_experts=8, dispatcher="ep")
+    return trainer(MeshConfig(expert=degree), 8, moe=moe)
+
+
+@pytest.fixture(scope="module")
+def saved_by_degree(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The same numbers, saved by 8 devices with so many ranks of experts."""
+
+    @functools.cache
+    def save(degree: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"ep{degree}") / "checkpoints"
+        checkpoints = Checkpoints(folder, keep=1)
+        checkpoints.save(7, state_of(expert_parallel(degree), 7), {"step": 7}, score=None)
+        checkpoints.close()
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        *CROSSED,
+        *(pytest.param(a, b, marks=pytest.mark.slow) for a in DEGREES for b in DEGREES if (a, b) not in CROSSED),
+    ],
+)
+def test_every_degree_of_expert_parallelism_reads_every_other(
+    saved_by_degree: Callable[[int], Path], written: int, read: int
+):
+    """Experts and their optimizer moments, bit for bit, each on the ranks that host it now."""
+    other = expert_parallel(read)
+    checkpoints = Checkpoints(saved_by_degree(written), writer=False)
+    restored, _ = checkpoints.restore(other.abstract, 7)
+    checkpoints.close()
+    chex.assert_trees_all_equal(flat(restored), flat(state_of(other, 7)))
+    found = checkpoint.flatten(restored)
+    for name in ("params", "opt_state/1/0/mu", "opt_state/1/0/nu"):
+        leaf = found[f"{name}/groups/1/blocks/1/moe/store/up"]
+        assert leaf.shape[1] == 8 and leaf.addressable_shards[0].data.shape[1] == 8 // read
 
 
 def test_only_the_named_arrays_are_read(made: Trainer, saved: Path, copy: Path):

@@ -133,6 +133,23 @@ def test_the_default_config_is_valid():
         ("model.moe.router.k", 0, r"router.k=0 must lie in \[1, num_experts=8\]"),
         ("model.moe.router.name", "switch", "router.k=2 does not fit router.name='switch'"),
         ("model.moe.router.name", "expert_choice", "leaks the future .*noncausal='allow'"),
+        (
+            "model.moe.virtual_ranks",
+            3,
+            r"num_experts=8 not divisible by moe.virtual_ranks=3: choose one of \[1, 2, 4, 8\]",
+        ),
+        (
+            "model.moe.ep_exchange",
+            "chunked",
+            "ep_exchange='chunked' is a setting of moe.dispatcher='ep', and that is 'local'",
+        ),
+        ("model.moe.ep_buffer_factor", 1.5, "ep_buffer_factor=1.5 is a setting of moe.dispatcher='ep'"),
+        ("model.moe", {"dispatcher": "ep", "ep_buffer_factor": float("inf")}, "ep_buffer_factor=inf: must be a finite"),
+        (
+            "model.moe",
+            {"dispatcher": "ep", "ep_exchange": "chunked", "router": {"name": "expert_choice", "noncausal": "allow"}},
+            "ep_exchange='chunked' cuts tokens .* router.name='expert_choice'",
+        ),
         ("model.moe.losses", {"balanc": 1.0}, "moe.losses.balanc: unknown loss"),
         ("model.moe.losses", {"load": 1.0}, "moe.losses.load=1.0 has no gradient with router.name='topk_of_softmax'"),
     ],
@@ -140,6 +157,28 @@ def test_the_default_config_is_valid():
 def test_check_names_field_value_and_rule(path: str, value: Any, message: str):
     with pytest.raises(ConfigError, match=message):
         validate.check(changed(path, value))
+
+
+def expert_parallel(ranks: int, **moe: Any) -> ExperimentConfig:
+    return from_mapping(
+        ExperimentConfig, {"model": {"moe": {"dispatcher": "ep", **moe}}, "mesh": {"data": 1, "expert": ranks}}
+    )
+
+
+def test_expert_parallelism_is_checked_against_mesh_and_platform():
+    validate.check(expert_parallel(4))
+    one = expert_parallel(1, virtual_ranks=4, ep_exchange="ragged")  # one rank is local: nothing is exchanged
+    validate.check(one)
+    validate.check_devices(one, 1)
+    with pytest.raises(
+        ConfigError, match=r"virtual_ranks=2 with moe\.dispatcher='ep' on mesh\.expert=4: .* virtual_ranks=1"
+    ):
+        validate.check(expert_parallel(4, virtual_ranks=2))
+    with pytest.raises(ConfigError, match=r"num_experts=8 not divisible by mesh axis 'expert'=3"):
+        validate.check(expert_parallel(3))
+    validate.check_devices(expert_parallel(4), 4)
+    with pytest.raises(ConfigError, match=r"ep_exchange='ragged' cannot run on a CPU"):
+        validate.check_devices(expert_parallel(4, ep_exchange="ragged"), 4)
 
 
 def test_a_model_without_experts_needs_no_valid_router():

@@ -138,6 +138,30 @@ def test_tokens_are_made_several_at_a_time_and_no_call_follows_the_last(monkeypa
     assert calls == [(3, 6), *((i, 2) for i in range(1, NEW, 2))]
 
 
+def test_a_prompt_begins_its_cache_anew_and_says_itself_what_is_padding():
+    run = fakes.jit(lambda model, tokens, cache, lengths: model(tokens, cache=cache, prompt=lengths))
+    tokens, lengths = fakes.tokens(3, 6), jnp.asarray([6, 1, 3])
+    first = run(model(), tokens, model().init_cache(3, 8), lengths)
+    again = run(model(), tokens, first.cache, lengths)
+    np.testing.assert_array_equal(again.cache.length, lengths)
+    np.testing.assert_array_equal(again.logits, first.logits)
+    with pytest.raises(ValueError, match="no mask, and a cache"):
+        model()(tokens, prompt=lengths)
+    with pytest.raises(ValueError, match="no mask, and a cache"):
+        model()(tokens, cache=first.cache, mask=tokens > 0, prompt=lengths)
+
+
+def test_prompts_are_padded_for_fused_attention_and_the_cache_is_not(monkeypatch: pytest.MonkeyPatch):
+    """LongRoPE chooses by the cache's places: the device must not change them."""
+    calls = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    logits = jnp.zeros((3, fakes.VOCAB))
+    monkeypatch.setattr(decode, "prefill", lambda _, tokens, lengths, places, *rest: (
+        calls.append((tokens.shape, places)) or (logits, None)))  # fmt: skip
+    next(generate(model(), PROMPTS, NEW))
+    assert calls == [((3, decode.FUSED_LENGTH), 6 + NEW)]
+
+
 def test_calls_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="an empty prompt has no last token"):
         next(generate(model(), [PROMPTS[0], np.zeros(0, np.int32)], 1))

@@ -83,7 +83,9 @@ def test_a_random_model_has_the_types_of_an_imported_one():
     model = decode_speed.random_model(MODEL)
     (block,) = model.groups[0].blocks
     assert block.moe.store.up[...].dtype == model.embed[...].dtype == "bfloat16"
-    assert block.moe.router.arrays["kernel"][...].dtype == block.ffn_norm.scale[...].dtype == "float32"
+    kernel = block.moe.router.arrays["kernel"][...]
+    assert kernel.dtype == block.ffn_norm.scale[...].dtype == "float32"
+    np.testing.assert_array_equal(kernel, kernel.astype("bfloat16"))  # the rival keeps no more of it
 
 
 @pytest.mark.parametrize(
@@ -94,3 +96,16 @@ def test_flags_that_cannot_work(flag: str, message: str, tmp_path: Path, capsys:
     given = ["--config=configs/models/olmoe_1b_7b.py:tiny", f"--output={tmp_path / 'rows.jsonl'}", flag]
     assert session.call(decode_speed.define_flags, decode_speed.command, given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_page_shows_the_committed_rows():
+    root = Path(__file__).parent.parent
+    page = (root / "docs/bring_your_checkpoint.md").read_text(encoding="utf-8")
+    rows = {(row.config, row.metric, row.row): row for row in read_rows(root / "experiments/results/decode_h100.jsonl")}
+    passes = ("prefill/1", "prefill/16", "decode/1", "decode/16", "decode/128")
+    for config in ("olmoe_1b_7b:full", "qwen3_30b_a3b:full"):
+        found = [
+            [rows[config, f"tokens_per_s/{what}", name].value for name in ("moejax", "transformers")] for what in passes
+        ]
+        assert all(ours > theirs for ours, theirs in found)
+        assert "| " + " | ".join(f"{ours:,.0f} ({theirs:,.0f})" for ours, theirs in found) + " |" in page

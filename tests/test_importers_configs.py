@@ -11,7 +11,8 @@ from moejax.importers import config_json, configs, keys
 from moejax.validate import check_model
 from tests.importers_fakes import PUBLISHED, SMALL, of_family, published
 
-FAMILIES = list(configs.READERS)
+FAMILIES = list(dict.fromkeys(raw["model_type"] for raw in PUBLISHED.values()))
+"""The others: tests/test_importers_later.py."""
 NOT_KEPT = ("rope_scaling", "max_position_embeddings", "sliding_window", "num_nextn_predict_layers")
 """Keys that are written in other words, or that say nothing in the published file."""
 

@@ -13,10 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CHAIN = (
     ("types",),
     ("config", "sharding"),
-    ("routing", "losses", "limits", "partition", "norm", "rope"),
+    ("routing", "losses", "limits", "partition", "replication", "norm", "rope"),
     ("dispatch", "experts", "attention"),
     ("moe",),
     ("blocks",),
+    ("mtp",),
     ("model",),
     (
         "decode",

@@ -222,6 +222,18 @@ def test_a_character_that_was_shown_is_not_shown_again(model: Decoder, monkeypat
     assert list(generate.stream(model, Run(), "", 10)) == ["", "é", "", "", "中", "x", ""]
 
 
+def test_a_space_after_a_special_token_is_kept(model: Decoder, monkeypatch: pytest.MonkeyPatch):
+    """Some decoders take a space off the beginning, and special tokens give no text that would stand before it."""
+
+    class Strips(type(load_tokenizer("byte"))):
+        def _decode(self, ids: np.ndarray) -> str:
+            return bytes(ids[ids < 256].tolist()).decode().removeprefix(" ")
+
+    tokenizer = Strips()
+    say_these(monkeypatch, [ord("a"), tokenizer.eot_id, ord(" "), ord("b")])
+    assert list(generate.stream(model, tokenizer, "x", 10)) == ["a", "", " ", "b", ""]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padding_of_the_vocabulary_is_never_said(model: Decoder, monkeypatch: pytest.MonkeyPatch, temperature: float):
     asked = say_these(monkeypatch, [])

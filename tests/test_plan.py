@@ -89,6 +89,7 @@ KEPT = {
     "noisy_topk": tiny(moe=routed_by("noisy_topk")),
     "gpt-oss": preset("gpt_oss_20b"),
     "longcat": preset("longcat_flash"),
+    "llama4": preset("llama4_scout"),
 }
 MORE_KEPT = {
     "deepseek_v3": preset("deepseek_v3"),
@@ -98,6 +99,13 @@ MORE_KEPT = {
     "qk-norm over the projection": preset("olmoe_1b_7b"),
     "gpt-oss, bfloat16": preset("gpt_oss_20b", compute_dtype="bfloat16"),
     "gpt-oss, dots": preset("gpt_oss_20b", remat="dots"),
+    "dbrx": preset("dbrx"),
+    "dbrx, bfloat16": preset("dbrx", compute_dtype="bfloat16"),
+    "grok": preset("grok_1"),
+    "phi": preset("phi35_moe"),
+    "llama4, bfloat16": preset("llama4_scout", compute_dtype="bfloat16"),
+    "sandwich, dense and shared, dots": tiny("deepseek_like", sandwich_norm=True, remat="dots"),
+    "sandwich, alternating, dots": tiny(moe={"every": 2}, sandwich_norm=True, remat="dots"),
     "longcat, dots": preset("longcat_flash", remat="dots"),
     "longcat, block, bfloat16": preset("longcat_flash", remat="block", compute_dtype="bfloat16"),
     "olmoe_like, bfloat16": tiny(compute_dtype="bfloat16"),
@@ -168,6 +176,26 @@ def test_several_devices_keep_the_experts_whole(dtype: str):
     assert whole.bytes == 4 * 3 * 16 * 96 * 48 * jnp.dtype(dtype).itemsize  # layers, matrices, E, D, F
 
 
+EXPERT_PARALLEL = {
+    "worst case": {"dispatcher": "ep"},
+    "with a factor": {"dispatcher": "ep", "ep_buffer_factor": 1.25},
+    "chunked": {"dispatcher": "ep", "ep_exchange": "chunked", "ep_chunks": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "worst case" else pytest.param(n, marks=pytest.mark.slow) for n in EXPERT_PARALLEL]
+)
+def test_expert_parallelism_keeps_its_own_experts_and_buffers(name: str):
+    config, mesh = tiny(moe=EXPERT_PARALLEL[name]), MeshConfig(data=2, expert=2)
+    check_kept(config, mesh)
+    s = sizes.make(config, mesh, "cpu", train=True)
+    kept = activations.kept_by_layers(s)
+    (weights,) = [a for a in kept if a.part == "expert weights"]
+    assert s.rows == {"worst case": 2, "with a factor": 1.25, "chunked": 2}[name] * s.pairs
+    assert weights.bytes == 4 * 3 * 8 * 96 * 48 * 4  # layers, matrices, experts of a rank, D, F, float32
+
+
 def test_every_router_family_is_counted():
     """A family that keeps more [T, E] tables than others is named in ROUTER_TABLES: add a new one here and there."""
     named = {config.model.moe.router.name for config in (*KEPT.values(), *MORE_KEPT.values())}
@@ -181,6 +209,11 @@ QUICK = {
     "olmoe_like, micro-batches, 2 x 2 devices": (tiny(train={"accumulate": 2}), MeshConfig(data=2, expert=2)),
 }
 SLOW = {
+    "expert parallel": (tiny(moe={"dispatcher": "ep"}), MeshConfig(data=2, expert=2)),
+    "expert parallel, block, factor, micro-batches": (
+        tiny(moe={"dispatcher": "ep", "ep_buffer_factor": 1.25}, remat="block", train={"accumulate": 2}),
+        MeshConfig(data=2, expert=2),
+    ),
     **{f"{name}, {remat}": (tiny(name, remat=remat), ONE) for name in LAB for remat in ("none", "dots", "block")},
     "bfloat16": (tiny(compute_dtype="bfloat16"), ONE),
     "bfloat16, block": (tiny(compute_dtype="bfloat16", remat="block"), ONE),
@@ -213,9 +246,12 @@ PRESETS = {
     "longcat": (preset("longcat_flash"), ONE),
     "deepseek_v3, 2 x 2 devices": (preset("deepseek_v3"), MeshConfig(data=2, expert=2)),
     "gpt-oss, block": (preset("gpt_oss_20b", remat="block"), ONE),
+    "phi": (preset("phi35_moe"), ONE),
+    "llama4": (preset("llama4_scout"), ONE),
 }
 SLOW |= PRESETS
 EVALUATED = {
+    "expert parallel": SLOW["expert parallel"],
     **{name: (tiny(name), ONE) for name in LAB},
     **PRESETS,
     "bfloat16": SLOW["bfloat16"],
@@ -542,3 +578,14 @@ def test_flops_are_those_of_count(monkeypatch: pytest.MonkeyPatch):
         f"FLOPs per token: {forward:,.0f} forward, {3 * forward:,.0f} training; {step:.3g} per step and device" in lines
     )
     assert math.isclose(made.flops_per_token, forward)
+
+
+def test_a_config_that_trains_nothing_is_planned_as_an_evaluation():
+    config = tiny()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=0))
+    made, halved = (plan.make(config, ONE, "cpu", size) for size in (4, 2))
+    assert made.train is None and not made.collectives
+    held = [sum(a.bytes for a in p.evaluation.arguments if a.what == "parameters") for p in (made, halved)]
+    assert held[0] == 4 * made.parameters.total and held[1] * 2 == held[0]
+    shown = text.render(made, [], "x")
+    assert "no training" in shown and "AdamW moments  " not in shown and "evaluation batch" in shown

@@ -17,6 +17,9 @@ LINEAR = RopeConfig(scaling="linear", factor=4.0)
 GPT_OSS = RopeConfig(scaling="yarn", factor=32.0, original_length=4096, truncate=False)
 DEEPSEEK = RopeConfig(scaling="yarn", factor=40.0, original_length=4096, mscale=0.707, mscale_all_dim=0.707)
 LLAMA = RopeConfig(scaling="llama3", factor=8.0, original_length=8192)
+SCOUT = RopeConfig(scaling="llama3", factor=16.0, original_length=8192, high_freq_factor=1.0)
+LONG = RopeConfig(scaling="longrope", original_length=64, short_factor=(1.0, 1.5, 2.0, 3.0),
+                  long_factor=(2.0, 5.0, 20.0, 60.0), short_mscale=1.1, long_mscale=1.3)  # fmt: skip
 SHORT = RopeConfig(scaling="yarn", factor=4.0, original_length=64, beta_fast=8.0, beta_slow=1.0)
 EVERY = {
     "none": (RopeConfig(), 10_000.0, 32),
@@ -25,6 +28,8 @@ EVERY = {
     "deepseek": (DEEPSEEK, 10_000.0, 64),
     "short": (SHORT, 10_000.0, 16),
     "llama3": (LLAMA, 500_000.0, 128),
+    "scout": (SCOUT, 500_000.0, 128),
+    "longrope": (LONG, 10_000.0, 8),
 }
 run = fakes.jit(rotary, static_argnums=(2, 3))
 
@@ -56,6 +61,26 @@ def test_values_of_transformers(rope, theta, dims, expected, factor):
     got = frequencies(rope, theta, dims)
     np.testing.assert_allclose([got[i] for i in expected], list(expected.values()), rtol=5e-6)
     assert magnitude(rope) == pytest.approx(factor, rel=1e-12)
+
+
+def test_longrope_takes_its_long_factors_where_there_are_more_places():
+    """One place more than ``original_length`` is enough; the switch is by places, not by a token's position."""
+    plain = frequencies(RopeConfig(), 10_000.0, 8)
+    for places, factors, scale in [(n, LONG.short_factor, 1.1) for n in (0, 64)] + [(65, LONG.long_factor, 1.3)]:
+        np.testing.assert_allclose(frequencies(LONG, 10_000.0, 8, places), plain / np.asarray(factors), rtol=1e-6)
+        assert magnitude(LONG, places) == scale
+    x, positions = jnp.ones((1, 2, 1, 8)), jnp.asarray([[3, 5]])
+    short, long = (rotary(x, positions, 10_000.0, LONG, places) for places in (64, 65))
+    assert np.abs(short - long).min() > 0.02
+
+
+def test_bounds_of_llama3_that_are_one_make_a_step():
+    """Frequencies of wavelengths above the original length are divided by the factor, the others kept."""
+    plain, got = (np.asarray(frequencies(r, 500_000.0, 128)) for r in (RopeConfig(), SCOUT))
+    long = 2 * math.pi / plain > 8192
+    assert 0 < long.sum() < 64
+    np.testing.assert_array_equal(got[~long], plain[~long])
+    np.testing.assert_allclose(got[long], plain[long] / 16, rtol=1e-6)
 
 
 def test_what_multiplies_cos_and_sin():

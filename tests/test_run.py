@@ -16,8 +16,7 @@ import jax
 import pytest
 from absl import flags
 
-from experiments import run, session
-from experiments.papers import capacity_aware
+from experiments import capacity_settings, run, session
 from moejax import checkpoint, metrics
 from moejax.config import ExperimentConfig, from_mapping, to_dict
 from moejax.loop import Outcome, Run
@@ -154,7 +153,7 @@ def test_arms_are_measured_and_dropped_shares_counted(finished: Path):
 
 def test_contrasts_are_stated_before_and_judged_after(finished: Path):
     config = from_mapping(ExperimentConfig, json.loads((finished / "config.json").read_text()))
-    stated = capacity_aware.contrasts(config)
+    stated = capacity_settings.contrasts("1", config)
     assert [c.name for c in stated] == CONTRASTS
     assert [c.primary for c in stated] == [True] * 3 + [False] * 3
     rows = by_name(finished)

@@ -93,6 +93,8 @@ def test_within(counted: float, figure: str, expected: bool):
         (Reason("one is more", alone="routed experts"), "1.1B", False),
         (Reason("between", between="input embedding"), "1.4B", True),
         (Reason("between", between="input embedding"), "1.2B", False),
+        (Reason("has more", missing=410_000_000), "2.0B", True),
+        (Reason("has more", missing=410_000_000), "2.1B", False),
         (Reason("nobody knows"), "9B", True),
     ],
 )
@@ -105,13 +107,13 @@ def test_reasons_are_checked(reason: Reason, figure: str, expected: bool):
 
 
 def test_the_counts_of_rows_without_a_preset_are_those_of_a_model_where_one_can_say_them():
-    """DBRX: parameters, FLOPs and cache of the row are those of the same sizes with RMS norms."""
+    """Skywork-MoE: normalising the router's logits has no parameters."""
     sizes = {
-        "vocab_size": 100_352, "num_layers": 40, "dim": 6144, "tie_embeddings": False, "attention.num_heads": 48,
-        "attention.num_kv_heads": 8, "attention.head_dim": 128, "moe.num_experts": 16, "moe.expert_dim": 10_752,
-        "moe.router.k": 4,
+        "vocab_size": 65_536, "num_layers": 52, "dim": 4608, "tie_embeddings": False, "attention.num_heads": 36,
+        "attention.num_kv_heads": 36, "attention.head_dim": 128, "moe.num_experts": 16, "moe.expert_dim": 12_288,
+        "moe.router.k": 2,
     }  # fmt: skip
-    model, made = changed(ModelConfig(), sizes), FIGURES["dbrx"]
+    model, made = changed(ModelConfig(), sizes), FIGURES["skywork_moe"]
     p = count.parameters(model)
     assert (made.total, made.active) == (p.total, p.active)
     assert made.flops == count.forward_flops_per_token(model, zoo.CONTEXT)
@@ -133,8 +135,9 @@ SIZES = {
     "vocab_size", "num_layers", "dim", "ffn_dim", "attention.num_heads", "attention.num_kv_heads", "attention.head_dim",
     "attention.query_rank", "attention.latent_rank", "attention.rope_head_dim", "attention.value_head_dim",
     "attention.window", "attention.window_layers", "attention.rope.original_length", "moe.first_dense",
-    "moe.num_experts", "moe.expert_dim", "moe.zero_experts", "moe.router.k", "moe.router.groups",
-    "moe.router.groups_kept", "compute_dtype", "remat",
+    "attention.no_rope_layers", "attention.temperature_length", "attention.rope.short_factor",
+    "attention.rope.long_factor", "moe.num_experts", "moe.expert_dim", "moe.zero_experts", "moe.router.k",
+    "moe.router.groups", "moe.router.groups_kept", "compute_dtype", "remat",
 }  # fmt: skip
 """Fields in which ``:tiny`` may differ from ``:full``; none of them may become or cease to be 0."""
 
@@ -212,8 +215,8 @@ def test_all_formats_show_every_row(capsys: pytest.CaptureFixture[str]):
     assert call("--format=json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["id"] for row in rows] == [row.id for row in ROWS]
-    (scout,) = [row for row in rows if row["id"] == "llama4_scout"]
-    assert scout["preset"] is False and "layers without positions" in scout["remarks"][0]
+    (jamba,) = [row for row in rows if row["id"] == "jamba"]
+    assert jamba["preset"] is False and "Mamba layers" in jamba["remarks"][0]
 
 
 def test_one_row_with_its_parts(capsys: pytest.CaptureFixture[str]):

@@ -3,7 +3,9 @@
 The rest of the zoo is held by shapes: ``tests/test_count.py``. What is marked slow has its pieces in others of the list
 or in the tests of its part: softmax of the top-k and grouped queries are gpt-oss's, shared experts are DeepSeek-V3's,
 and so are groups but for their score (``tests/test_routing.py``); a dense first layer and QK-norm over each head are
-those of ``tests/small.py``.
+those of ``tests/small.py``; layer norms are Phi-3.5-MoE's, clipped projections, capped scores and sandwich norms have
+tests of their own (``tests/test_attention.py``, ``tests/test_open_models.py``), and so have Llama-4-Scout's layers
+without positions, chunks and weighed inputs (gradients included).
 """
 
 import dataclasses
@@ -29,9 +31,13 @@ SIGNATURES = {
     "mixtral_8x7b": ("mixtral_8x7b", "mixtral_8x22b"),
     "deepseek_moe_16b": ("deepseek_moe_16b", "deepseek_moe_2b", "deepseek_moe_145b"),
     "qwen3_30b_a3b": ("qwen3_30b_a3b", "qwen3_235b_a22b"),
+    "dbrx": ("dbrx",),
+    "grok_1": ("grok_1",),
+    "phi35_moe": ("phi35_moe",),
+    "llama4_scout": ("llama4_scout",),
 }
 """The preset that trains, and those of its architecture."""
-SLOW = ("deepseek_v2", "mixtral_8x7b", "deepseek_moe_16b", "qwen3_30b_a3b")
+SLOW = ("deepseek_v2", "mixtral_8x7b", "deepseek_moe_16b", "qwen3_30b_a3b", "dbrx", "grok_1", "llama4_scout")
 DENSE_FIRST = ("deepseek_moe_16b",)
 """Those that keep their dense first layer, which doubles what is compiled."""
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SIGNATURES]

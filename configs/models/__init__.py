@@ -59,6 +59,9 @@ def shrunk(model: Settings) -> dict[str, Any]:
     layers = 2 + min(model.get("moe.first_dense", 0), 1)
     several = model["moe.num_experts"] > 8
     heads = model["attention.num_heads"]
+    still = (layers - 1,) if model.get("attention.no_rope_layers") else ()
+    windows = tuple(i for i in model.get("attention.window_layers", ()) if i < layers and i not in still)
+    factors = {name: model.get(f"attention.rope.{name}_factor", ()) for name in ("short", "long")}
     sizes = {
         "vocab_size": 0,
         "num_layers": layers,
@@ -72,8 +75,11 @@ def shrunk(model: Settings) -> dict[str, Any]:
         "attention.rope_head_dim": 8,
         "attention.value_head_dim": 16,
         "attention.window": 16,
-        "attention.window_layers": tuple(i for i in model.get("attention.window_layers", ()) if i < layers),
+        "attention.window_layers": windows,
+        "attention.no_rope_layers": still,
+        "attention.temperature_length": 16,
         "attention.rope.original_length": 32,
+        **{f"attention.rope.{name}_factor": f[:: max(1, len(f) // 8)] for name, f in factors.items()},
         "moe.first_dense": 1,
         "moe.num_experts": 16 if several else 8,
         "moe.expert_dim": 32,

@@ -63,10 +63,10 @@ class LatentAttention(nnx.Module):
         config = self.config
         q = jnp.einsum("bsr,rhn->bshn", self._query_source(x), self.q[...].astype(x.dtype))
         q, q_rope = jnp.split(q, [config.head_dim], axis=-1)
-        q_rope = rotary(q_rope, tokens.positions, config.rope_theta, config.rope)
+        q_rope = rotary(q_rope, tokens.positions, config.rope_theta, config.rope, tokens.places)
         latent = self.kv_norm(_linear(x, self.kv_down, self.kv_down_bias)) * self._latent_scale(config.latent_rank)
         k_rope = _linear(x, self.k_rope, self.k_rope_bias)[:, :, None]
-        k_rope = rotary(k_rope, tokens.positions, config.rope_theta, config.rope)[:, :, 0]
+        k_rope = rotary(k_rope, tokens.positions, config.rope_theta, config.rope, tokens.places)[:, :, 0]
         k_up, v_up = self.k_up[...].astype(x.dtype), self.v_up[...].astype(x.dtype)
         with jax.named_scope("attention"):
             if cache is not None:

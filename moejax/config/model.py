@@ -35,6 +35,9 @@ class RouterConfig:
     """... and a token chooses among the experts of its best ``groups_kept`` groups only (DeepSeek-V2 and V3)."""
     group_score: Literal["max", "top2_sum"] = later("max")
     """A group's score: its best expert (DeepSeek-V2), or the sum of its two best with their selection bias (V3)."""
+    mask_margin: float = later(0.01)
+    """SparseMixer: a logit further below the largest than twice this share of ``max(|logit|, largest)`` takes no part
+    in the softmax (PhiMoE's ``router_jitter_noise``, which also acts in evaluation)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +62,30 @@ class MoEConfig:
     """Further layers with a dense FFN, by index, beside ``first_dense`` and ``every`` (Qwen's ``mlp_only_layers``)."""
     expert_bias: bool = later(False)
     """Biases on the gate, up and down projections of each routed expert (gpt-oss)."""
+    weigh: Literal["output", "input"] = later("output")
+    """What the gate weight multiplies: an expert's output, or its input (Llama 4)."""
     zero_experts: int = later(0)
     """Zero-computation experts (LongCat): ids from ``num_experts`` on return their input; the router chooses among
     all."""
     capacity_factor: float = 0.0
     """Limit of each expert's load as a multiple of the mean, also during training. 0: dropless."""
     capacity_order: Literal["score", "order", "reverse", "random"] = "score"
-    dispatcher: Literal["local", "dense"] = "local"
-    """"dense" computes every expert on every token: the slow reference."""
+    capacity_limits: tuple[str, ...] = later(())
+    """Any limits instead, by name with options (``docs/limits.md``), e.g. ("expanded_drop:factor=1.5,priority=topk",):
+    applied in turn, also during training."""
+    dispatcher: Literal["local", "dense", "ep"] = "local"
+    """"ep": expert parallelism over the mesh axis "expert", tokens travel to their experts. "dense" computes every
+    expert on every token: the slow reference."""
+    ep_exchange: Literal["auto", "padded", "ragged", "chunked"] = later("auto")
+    """How they travel (``docs/expert_parallelism.md``); "auto" picks by platform and is named in the run's facts."""
+    ep_buffer_factor: float = later(0.0)
+    """Rows reserved for each destination, as a multiple of its even share ``t k / ranks``. 0: the worst case, so that
+    nothing is lost; above, what does not fit is counted as ``overflow``."""
+    ep_chunks: int = later(2)
+    """"chunked": pieces of tokens that are dispatched, computed and combined on their own."""
+    virtual_ranks: int = later(1)
+    """Ranks that the tokens and experts of each device are split into for router and limits: they decide as under
+    expert parallelism of that degree, on one device."""
     implementation: str = "auto"
     """Back end of the grouped matmul (``kernels_pallas.grouped_matmul``); "auto" picks and is named in the run's
     facts."""
@@ -80,11 +99,11 @@ class RopeConfig:
     """What rotates together: dimension i with i + n/2 (Llama), or 2i with 2i + 1 (DeepSeek)."""
     fraction: float = 1.0
     """Leading share of the head's dimensions that rotate; the others carry no position."""
-    scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
+    scaling: Literal["none", "linear", "yarn", "llama3", "longrope"] = "none"
     factor: float = 1.0
     """Ratio of the extended context to the original one."""
     original_length: int = 0
-    """Context of the pretraining, in tokens (yarn, llama3)."""
+    """Context of the pretraining, in tokens (yarn, llama3, longrope)."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     """YaRN (2309.00071): rotations over the original context above which a dimension keeps its frequency, and below
@@ -101,6 +120,13 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     """llama3: frequencies of wavelengths above original_length / low are divided by ``factor``, those of wavelengths
     below original_length / high are kept."""
+    short_factor: tuple[float, ...] = later(())
+    long_factor: tuple[float, ...] = later(())
+    """longrope: what each pair's frequency is divided by, where there are no more than ``original_length`` places and
+    where there are more. Places are those of the batch's width, or of the cache: one choice for all that is cached."""
+    short_mscale: float = later(1.0)
+    long_mscale: float = later(1.0)
+    """longrope: what multiplies cos and sin with either."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +149,22 @@ class AttentionConfig:
     """Sliding window: a query sees the last ``window`` tokens, itself included. 0: all."""
     window_layers: tuple[int, ...] = later(())
     """Layers that have the window, by index. Empty: all."""
+    window_kind: Literal["sliding", "chunks"] = later("sliding")
+    """"chunks": positions are cut into chunks of ``window`` and a query sees its own chunk only, up to itself
+    (Llama 4)."""
+    no_rope_layers: tuple[int, ...] = later(())
+    """Layers without rotary positions, by index (Llama 4)."""
+    temperature: float = later(0.0)
+    """Layers without rotary positions: the query at position p is multiplied by
+    ``1 + temperature * ln(1 + floor((p + 1) / temperature_length))`` (2501.19399, as Llama 4 has it). 0: by 1."""
+    temperature_length: int = later(8192)
+    qk_unit_norm: bool = later(False)
+    """RMS norm without a scale over each query and key head after rotation, in layers that rotate (Llama 4)."""
+    clip_qkv: float = later(0.0)
+    """Queries, keys and values are clipped to [-clip_qkv, clip_qkv] after bias and QK-norm, before rotation (DBRX).
+    0: not."""
+    score_softcap: float = later(0.0)
+    """Soft cap of the scaled scores, ``c * tanh(s / c)`` (Grok-1: 30). 0: none."""
     softmax_scale: float = later(0.0)
     """Multiplies the scores. 0: 1 / sqrt(query head's dimensions), for latent attention with YaRN's ``mscale_all_dim``
     times ``m(mscale_all_dim)^2``."""
@@ -152,6 +194,9 @@ class ModelConfig:
     activation: Activation = "swiglu"
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
+    mtp_layers: int = later(0)
+    """Multi-token-prediction modules (``moejax.mtp``): each predicts one token further than the one before it, with a
+    block like the last layer. Of published weights they are read where this asks for them."""
     wiring: Literal["standard", "longcat"] = "standard"
     """Order of the MoE stages among attention and FFN (seam 6). "longcat": two attentions and two dense FFNs in each
     block, whose experts are routed after the first attention and added at the block's end."""
@@ -159,6 +204,15 @@ class ModelConfig:
     scale_embeddings: bool = True
     """Multiply embeddings by sqrt(dim), so that tied embeddings enter the first block with unit variance."""
     norm_eps: float = 1e-6
+    norm: Literal["rms", "layer", "layer_bias"] = later("rms")
+    """Norms of the blocks and before the logits: RMS, or layer norms without (DBRX) and with a bias (PhiMoE). Those
+    inside attention are RMS."""
+    sandwich_norm: bool = later(False)
+    """Further norms after attention and after the FFN, before each is added (Grok-1)."""
+    logit_scale: float = later(1.0)
+    """Multiplies the logits, before their bias and soft cap (Grok-1)."""
+    logit_bias: bool = later(False)
+    """A learned bias on the logits (PhiMoE)."""
     logit_softcap: float = 0.0
     """Soft cap of the logits, ``c * tanh(z / c)``. 0: none."""
     init_scale: float = 1.0

@@ -54,6 +54,9 @@ class TrainConfig:
     b1: float = 0.9
     b2: float = 0.95
     clip_norm: float = 1.0
+    mtp_weight: float = later(0.0)
+    """Weight of the multi-token-prediction loss (DeepSeek-V3, 2412.19437, eq. 25): times the mean over modules of their
+    cross entropies, each a sum over its predictions divided by all tokens (eq. 24). DeepSeek-V3: 0.3, later 0.1."""
     seed: int = 0
     log_every: int = 10
     eval_every: int = 100
@@ -107,6 +110,8 @@ class TableConfig:
     """Module under ``experiments/papers`` that makes the table after training. Empty: none."""
     seeds: tuple[int, ...] = ()
     """Training seeds of the table. Empty: the one of ``train.seed``."""
+    tables: tuple[str, ...] = later(("1",))
+    """Which of the paper's tables are made. It changes no number, and is no part of the config's hash."""
     arms: tuple[str, ...] = ()
     factors: tuple[float, ...] = ()
     margin: float = 0.005

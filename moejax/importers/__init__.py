@@ -36,7 +36,7 @@ from moejax.model import Decoder, build
 from moejax.sharding import RouterState, Rules, tree_shardings
 from moejax.validate import check_model
 
-__all__ = ["check", "check_new", "is_hugging_face", "load", "read_config", "write"]
+__all__ = ["check", "check_new", "is_hugging_face", "load", "mtp_layers", "read_config", "write"]
 
 CONFIG = "config.json"
 
@@ -54,16 +54,19 @@ def is_hugging_face(path: str | Path) -> bool:
         return False
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | Path, mtp_layers: int = 0) -> ModelConfig:
     """The model of a Hugging Face folder, from its config.json alone.
 
     ``compute_dtype`` is the file's dtype if that is float32, else bfloat16; there are no auxiliary losses.
+
+    Args:
+      mtp_layers: multi-token-prediction modules that are wanted; those beyond them are not read.
 
     Raises:
       ConfigError: no such file, an unknown family, or a key or value that is not supported.
     """
     file = Path(path).expanduser() / CONFIG
-    config = configs.read_config(files.read_json(file), file)
+    config = configs.read_config(files.read_json(file), file, mtp_layers)
     try:
         check_model(config)
     except ConfigError as error:
@@ -71,11 +74,18 @@ def read_config(path: str | Path) -> ModelConfig:
     return config
 
 
+def mtp_layers(path: str | Path) -> int:
+    """How many multi-token-prediction modules that can be read a folder's config.json says there are."""
+    file = Path(path).expanduser() / CONFIG
+    return configs.published_modules(files.read_json(file), file)
+
+
 def load(
     path: str | Path,
     mesh: Mesh | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     rules: Rules | None = None,
+    mtp_layers: int = 0,
 ) -> Decoder:
     """The model of a Hugging Face folder.
 
@@ -83,21 +93,22 @@ def load(
       mesh: where the parameters go; None: the default device.
       dtype: of matrices, and of the computation. Norms, routers and sinks stay float32.
       rules: how parameters are split over the mesh.
+      mtp_layers: multi-token-prediction modules that are read too.
 
     Raises:
       ConfigError: the folder is incomplete or damaged, or not exactly a model that we have.
     """
     folder = Path(path).expanduser()
-    config = dataclasses.replace(read_config(folder), compute_dtype=dtype)
+    config = dataclasses.replace(read_config(folder, mtp_layers), compute_dtype=dtype)
     family, tensors, graph, states, matched = _matched(folder, config)
     _tell(folder, family, config, tensors, matched)
     return nnx.merge(graph, *(_filled(state, matched, mesh, rules, dtype) for state in states))
 
 
-def check(path: str | Path) -> None:
+def check(path: str | Path, mtp_layers: int = 0) -> None:
     """What :func:`load` raises for a folder that is incomplete or not exactly a model of ours; reads headers only."""
     folder = Path(path).expanduser()
-    _matched(folder, read_config(folder))
+    _matched(folder, read_config(folder, mtp_layers))
 
 
 def _matched(folder: Path, config: ModelConfig) -> tuple[str, dict[str, files.Tensor], nnx.GraphDef, list[Any], Match]:
@@ -114,7 +125,7 @@ def _matched(folder: Path, config: ModelConfig) -> tuple[str, dict[str, files.Te
 def _filled(state: Any, matched: Match, mesh: Mesh | None, rules: Rules | None, dtype: str) -> Any:
     leaves = flatten(state)
     if mesh is None:
-        shardings = dict.fromkeys(leaves, SingleDeviceSharding(jax.devices()[0]))
+        shardings = dict.fromkeys(leaves, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         shardings = flatten(tree_shardings(state, mesh, rules))
     wanted = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig, RopeConfig, RouterConfig, to_dict
+from moejax.importers import later_families
 from moejax.importers.configs import read_config
 from moejax.importers.rope import write_rope
 from moejax.importers.tables import shared_width
@@ -25,6 +26,9 @@ ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "longcat_flash": "LongcatFlashForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
+    "dbrx": "DbrxForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
 }
 """Families in the order in which they are tried."""
 
@@ -57,7 +61,7 @@ def write_config(config: ModelConfig, family: str | None, context: int | None) -
 
 def _differences(config: ModelConfig, raw: dict[str, Any]) -> list[str]:
     try:
-        there = read_config(json.loads(json.dumps(raw)), Path("config.json"))
+        there = read_config(json.loads(json.dumps(raw)), Path("config.json"), raw.get("num_nextn_predict_layers", 0))
     except ConfigError as error:
         return [str(error)]
     return _unequal(to_dict(canonical(config)), to_dict(canonical(there)), "model")
@@ -93,6 +97,8 @@ def _canonical_attention(a: AttentionConfig, layers: int) -> AttentionConfig:
     changes: dict[str, Any] = {"implementation": "auto", "rope": _canonical_rope(a.rope)}
     if not a.window or everywhere:
         changes["window_layers"] = ()
+    if not a.window:
+        changes["window_kind"] = "sliding"
     if not a.qk_norm:
         changes["qk_norm_over"] = "head"
     if a.kind == "latent":
@@ -111,6 +117,7 @@ def _canonical_rope(r: RopeConfig) -> RopeConfig:
             "factor", "original_length", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim",
             "attention_factor",
         ),
+        "longrope": ("original_length", "short_factor", "long_factor", "short_mscale", "long_mscale"),
     }[r.scaling]  # fmt: skip
     kept = ("layout", "fraction", "scaling", *used)
     return RopeConfig(**{name: getattr(r, name) for name in kept})
@@ -138,6 +145,8 @@ def _canonical_router(r: RouterConfig) -> RouterConfig:
     changes: dict[str, Any] = {n: getattr(plain, n) for n in ("jitter", "bias_update_rate", "noncausal")}
     if r.groups == 1:
         changes |= {"groups_kept": 1, "group_score": "max"}
+    if r.name in ("sparsemixer", "switch"):  # which have no such choice
+        changes["renormalise"] = False
     if r.name == "switch":
         changes |= {"name": "topk_of_softmax", "renormalise": False}
     elif r.name == "topk_of_softmax" and r.renormalise and r.k > 1 and r.groups == 1:
@@ -154,6 +163,8 @@ def _canonical_router(r: RouterConfig) -> RouterConfig:
 
 def _written(c: ModelConfig, family: str, context: int | None) -> dict[str, Any]:
     a, rope = c.attention, c.attention.rope
+    if family == "dbrx":
+        return later_families.write_dbrx(c, context or 4096)
     reach = round(rope.factor * rope.original_length) if rope.scaling in ("yarn", "llama3") else 0
     raw = {
         "architectures": [ARCHITECTURES[family]],
@@ -276,7 +287,7 @@ def _deepseek_v3(c: ModelConfig) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "norm_topk_prob": c.moe.router.renormalise and c.moe.router.k > 1,
         "rope_interleave": c.attention.rope.layout == "interleaved",
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": c.mtp_layers,
     }
 
 
@@ -318,4 +329,5 @@ WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "deepseek_v3": _deepseek_v3,
     "gpt_oss": _gpt_oss,
     "longcat_flash": _longcat_flash,
+    **later_families.WRITERS,
 }

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig, RouterConfig
+from moejax.importers import later_families
 from moejax.importers.keys import Keys
 from moejax.importers.rope import note_length, read_rope
+from moejax.model import moe_layer_ids
 
 YARN_OF_GPT_OSS = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -19,11 +21,14 @@ YARN_OF_GPT_OSS = {
 }  # fmt: skip
 
 
-def read_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
+def read_config(raw: Mapping[str, Any], path: Path, mtp_layers: int = 0) -> ModelConfig:
     """The model that a config.json describes, with ``compute_dtype`` as the file's dtype and no auxiliary losses.
 
+    Args:
+      mtp_layers: multi-token-prediction modules that are wanted.
+
     Raises:
-      ConfigError: an unknown model_type, or a key or value that is not supported.
+      ConfigError: an unknown model_type, a key or value that is not supported, or fewer modules than are wanted.
     """
     keys = Keys(raw, path)
     family = raw.get("model_type")
@@ -35,9 +40,36 @@ def read_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     keys.only("hidden_act", ("silu", "swish"), "another activation in moejax/experts.py")
     made = READERS[family](keys)
     note_length(keys, made.attention.rope)
+    if mtp_layers:
+        made = dataclasses.replace(made, mtp_layers=_modules(keys, family, made, mtp_layers))
     keys.done(family)
     dtype = str(raw.get("dtype", raw.get("torch_dtype"))).removeprefix("torch.")
     return dataclasses.replace(made, compute_dtype="float32" if dtype == "float32" else "bfloat16")
+
+
+def published_modules(raw: Mapping[str, Any], path: Path) -> int:
+    """How many multi-token-prediction modules that can be read a config.json says there are."""
+    if raw.get("model_type") != "deepseek_v3":
+        return 0
+    return Keys(raw, path).get("num_nextn_predict_layers", int, 0)
+
+
+def _modules(k: Keys, family: str, made: ModelConfig, wanted: int) -> int:
+    published = published_modules(k.raw, k.path)
+    if wanted <= published and (len(moe_layer_ids(made)) and moe_layer_ids(made)[-1] == made.num_layers - 1):
+        return wanted
+    if family == "longcat_flash":
+        why = "the one of LongCat-Flash (model.mtp.*) has a dense block, which no module here has"
+    elif family != "deepseek_v3":
+        why = f"none of model_type={family!r} is known; those of deepseek_v3 are"
+    elif wanted > published:
+        why = f"num_nextn_predict_layers={published}, so it has {published or 'none'}"
+    else:
+        why = "its module has experts and its last layer has none, which no module here can"
+    raise ConfigError(
+        f"{k.path}: model.mtp_layers={wanted} multi-token-prediction modules were asked for, and {why}: set it to "
+        f"{min(wanted, published) if wanted > published else 0}"
+    )
 
 
 def _model(k: Keys, *, layers: str = "num_hidden_layers", ffn: str = "intermediate_size", **fields: Any) -> ModelConfig:
@@ -324,4 +356,7 @@ READERS: dict[str, Callable[[Keys], ModelConfig]] = {
     "deepseek_v3": _deepseek_v3,
     "gpt_oss": _gpt_oss,
     "longcat_flash": _longcat_flash,
+    "phimoe": later_families.phimoe,
+    "dbrx": later_families.dbrx,
+    "llama4_text": later_families.llama4_text,
 }

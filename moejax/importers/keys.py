@@ -36,7 +36,9 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
     ),
     "quantised weights, which are read by what the tensors are": ("quantization_config", "compression_config"),
-    "layers that predict further tokens, which are not read": ("num_nextn_predict_layers", "num_mtp_layers"),
+    "modules that predict further tokens, which change no logit of the model": (
+        "num_nextn_predict_layers", "num_mtp_layers",
+    ),
 }  # fmt: skip
 """Keys that change no logit, by the reason."""
 HARMLESS = {name for names in WITHOUT_EFFECT.values() for name in names}

@@ -1,13 +1,13 @@
 """Parameters from a matched folder, straight into their sharding.
 
 Each process reads, for each shard of its own devices, the byte ranges of that shard alone, from memory maps; the host
-holds one shard at a time. Orbax v1 reads safetensors too, and its loader was tried: it gives each tensor as it lies in
-the file, in a sharding of its own. Our parameters are stacked over layers and experts and transposed, so its result
-would have to be put together afterwards, on devices that then hold the parameter twice, from as many arrays as there
-are experts in all layers, none of which can be split over the mesh's expert axis; and it leaves no place for
-dequantisation. (For one parameter of 0.54 GB in 256 tensors, stacked and transposed on a CPU, its peak was 2.2 GB above
-the start; here it is 0.54 GB for the parameter and as much for the shard in work.) So the arrays are made here, by the
-sharding's own map of devices to indices.
+holds one shard at a time. Orbax v1 reads safetensors too, each tensor as it lies in the file. Our parameters are
+stacked over layers and experts and transposed, so its result would have to be put together afterwards, on devices that
+then hold a parameter twice, from as many arrays as there are experts in all layers, none of which can be split over the
+mesh's expert axis; and it leaves no place for dequantisation. So the arrays are made here, by the sharding's own map of
+devices to indices. (Memory of the host alone decides nothing on one device: both need one parameter beyond the model,
+if the allocator returns what many small arrays leave behind, and Orbax five times that if it does not. Rows:
+``experiments.load_memory``.)
 """
 
 import collections

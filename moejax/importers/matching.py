@@ -12,7 +12,7 @@ from moejax.config import ConfigError, ModelConfig
 from moejax.importers.files import Tensor
 from moejax.importers.quantised import FLOAT8, MXFP4_BLOCK, PLAIN, BlockScaled, Mxfp4, Plain, Source
 from moejax.importers.report import Problems
-from moejax.importers.tables import LAYER, TABLES, Ignored, Row
+from moejax.importers.tables import LAYER, TABLES, Ignored, Row, Table
 from moejax.model import layer_groups
 
 FLOAT8_BLOCK = (128, 128)
@@ -50,6 +50,12 @@ def blocks(config: ModelConfig) -> Iterable[tuple[int, str, int, bool]]:
         first += repeats * len(pattern)
 
 
+def prediction_modules(config: ModelConfig) -> Iterable[tuple[str, str, bool]]:
+    """For each multi-token-prediction module: its path, the beginning of its tensors' names, and whether it is MoE."""
+    for k in range(config.mtp_layers):
+        yield f"mtp/{k}/", LAYER.format(config.num_layers + k), layer_groups(config)[-1][0][-1]
+
+
 def match(
     folder: Path, family: str, config: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
@@ -68,9 +74,11 @@ def match(
     search = _Search(tensors, _float8_block(folder, raw))
     search.add("", (), table.model, "")
     for layer, path, repeat, is_moe in blocks(config):
-        layouts = search.add(path, (repeat,), table.block(is_moe), LAYER.format(layer))
+        layouts = search.add(path, (repeat,), table.block(is_moe), table.layer.format(layer))
         if layouts:
             search.found.layouts[" and ".join(layouts)] += 1
+    for path, prefix, is_moe in prediction_modules(config):
+        search.add_module(folder, table, path, prefix, is_moe)
     _check_table(family, search.targets, shapes)
     search.ignore(folder, table.ignored)
     if config.tie_embeddings:
@@ -172,6 +180,17 @@ class _Search:
             return tensor
         return None
 
+    def add_module(self, folder: Path, table: Table, path: str, prefix: str, is_moe: bool) -> None:
+        """Fills the parameters of a multi-token-prediction module; what it repeats of the model must be the same."""
+        self.add(path, (), table.prediction, prefix)
+        layouts = self.add(path + "block/", (), table.block(is_moe), prefix)
+        if layouts:
+            self.found.layouts[" and ".join(layouts)] += 1
+        names = {row.target: row.source for row in table.model}
+        for source, target in table.copies.items():
+            why = "and a multi-token-prediction module shares it with the model: set model.mtp_layers=0"
+            self.ignore_copy(folder, prefix + source, names[target], "the model's own tensor once more", why)
+
     def ignore(self, folder: Path, known: Iterable[Ignored]) -> None:
         """Sets aside the unused tensors that are known."""
         patterns = [(re.compile(rule.pattern), rule) for rule in known]
@@ -183,8 +202,20 @@ class _Search:
                     self.used.add(name)
                     break
 
-    def ignore_tied(self, folder: Path, name: str = "lm_head.weight", other: str = "model.embed_tokens.weight") -> None:
+    def ignore_tied(self, folder: Path) -> None:
         """A matrix of logits beside tied embeddings must be the embeddings."""
+        self.ignore_copy(
+            folder, "lm_head.weight", "model.embed_tokens.weight", "the embeddings once more (tie_word_embeddings)",
+            "and config.json has tie_word_embeddings=true: which of the two makes the logits cannot be known. Set it "
+            "to false to use both",
+        )  # fmt: skip
+
+    def ignore_copy(self, folder: Path, name: str, other: str, reason: str, why: str) -> None:
+        """Sets aside a tensor that repeats another, if it is there; ``why`` says why it must be bit-equal.
+
+        Raises:
+          ConfigError: it is not.
+        """
         if name not in self.tensors or other not in self.tensors:
             return
         one, two = self.tensors[name], self.tensors[other]
@@ -195,11 +226,8 @@ class _Search:
         one.release()
         two.release()
         if not same:
-            raise ConfigError(
-                f"{folder}: config.json has tie_word_embeddings=true, and {name} is another matrix than {other}: which "
-                "of the two makes the logits cannot be known. Set it to false to use both"
-            )
-        self.found.ignored["the embeddings once more (tie_word_embeddings)"].append(name)
+            raise ConfigError(f"{folder}: {name} is another matrix than {other}, {why}")
+        self.found.ignored[reason].append(name)
         self.used.add(name)
 
 

@@ -1,15 +1,13 @@
 """What is wrong with the tensors of a folder, as one error with the likeliest cause."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moejax.config import ConfigError, ModelConfig
 from moejax.importers.files import Tensor
+from moejax.importers.tables import EXPERT_OF, LAYER, LAYER_OF
 
-LAYER_OF = re.compile(r"model\.layers\.(\d+)\.")
-EXPERT_OF = re.compile(r"\.experts\.(\d+)\.")
 ADAPTERS = ("lora_A", "lora_B", "modules_to_save")
 OTHER_QUANTISATIONS = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".weight_scale", ".weight_packed")
 
@@ -44,13 +42,22 @@ class Problems:
             return "These are an adapter's: merge it into the model's weights first"
         if any(name.endswith(OTHER_QUANTISATIONS) for name in self.unused):
             return "The weights are quantised in a form that is not read: only float8 blocks and mxfp4 are"
+        modules = tuple(LAYER.format(config.num_layers + k) for k in range(config.mtp_layers))
+        unasked = tuple(prefix for prefix in _prediction_layers(tensors) if prefix not in modules)
+        if modules and self.missing and all(name.startswith(modules) for name in self.missing):
+            absent = [prefix for prefix in modules if not any(name.startswith(prefix) for name in tensors)]
+            if absent:
+                return (
+                    f"config.json has num_nextn_predict_layers, and nothing of {absent[0]}* is there (transformers "
+                    "leaves it out when it saves): fetch the published files, or set model.mtp_layers=0"
+                )
         if renamed := self._prefix():
             return f"Likely a renamed prefix: names begin with {renamed[0]!r} where {renamed[1]!r} is expected"
         for what, key, pattern, count in (
-            ("layers", "num_hidden_layers", LAYER_OF, config.num_layers),
+            ("layers", "num_hidden_layers", LAYER_OF, config.num_layers + len(modules)),
             ("experts", "the number of experts", EXPERT_OF, config.moe.num_experts),
         ):
-            there = [int(hit[1]) for name in tensors if (hit := pattern.search(name))]
+            there = [int(hit[1]) for name in tensors if (hit := pattern.search(name)) and not name.startswith(unasked)]
             if there and max(there) + 1 != count and (max(there) >= count or self.missing):
                 return (
                     f"The tensors are of {max(there) + 1} {what}, and config.json says {count}: correct {key}, or "
@@ -87,6 +94,11 @@ class Problems:
             return None
         best = max(pairs, key=lambda pair: pairs[pair])
         return best if pairs[best] > len(self.missing) / 2 and not LAYER_OF.fullmatch(best[1]) else None
+
+
+def _prediction_layers(tensors: Iterable[str]) -> list[str]:
+    """Beginnings of the names of multi-token-prediction modules, which are no layers of the model."""
+    return [name.removesuffix("eh_proj.weight") for name in tensors if name.endswith(".eh_proj.weight")]
 
 
 def _closest(name: str, names: Iterable[str]) -> str:

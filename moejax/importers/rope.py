@@ -16,12 +16,14 @@ def read_rope(
     theta: float,
     layout: Literal["halves", "interleaved"] = "halves",
     unset: Mapping[str, Any] | None = None,
+    longrope: bool = False,
 ) -> tuple[float, RopeConfig]:
     """``(theta, config)`` of either dialect.
 
     Args:
       theta: the family's base where the file names none.
       unset: the family's scaling where the file has no word about it.
+      longrope: whether the family has LongRoPE with scales of its own (PhiMoE), which others derive.
 
     Raises:
       ConfigError: an unknown kind or key of scaling, or two dialects that disagree.
@@ -42,12 +44,13 @@ def read_rope(
                 raise ConfigError(
                     f"{keys.path}: rope_theta={base} and {name}.rope_theta={part['rope_theta']} disagree: keep one"
                 )
-    read = [(_theta(keys, name, part, base), _scaling(keys, name, part, layout)) for name, part in found]
+    kinds = {**KINDS, "longrope": "longrope"} if longrope else KINDS
+    read = [(_theta(keys, name, part, base), _scaling(keys, name, part, layout, kinds)) for name, part in found]
     if len(read) == 2 and read[0] != read[1]:
         raise ConfigError(f"{keys.path}: rope_scaling and rope_parameters disagree: keep one of the two dialects")
     if read:
         return read[0]
-    return base, _scaling(keys, "rope_scaling", dict(unset or {}), layout)
+    return base, _scaling(keys, "rope_scaling", dict(unset or {}), layout, kinds)
 
 
 def _theta(keys: Keys, name: str, part: dict[str, Any], base: float) -> float:
@@ -68,7 +71,9 @@ def _one(keys: Keys, name: str, value: dict[str, Any]) -> dict[str, Any]:
     return parts[0]
 
 
-def _scaling(keys: Keys, name: str, part: dict[str, Any], layout: Literal["halves", "interleaved"]) -> RopeConfig:
+def _scaling(
+    keys: Keys, name: str, part: dict[str, Any], layout: Literal["halves", "interleaved"], kinds: Mapping[str, Any]
+) -> RopeConfig:
     left = {key: value for key, value in part.items() if key != "rope_theta" and value is not None}
 
     def refuse(key: str, why: str) -> ConfigError:
@@ -77,9 +82,9 @@ def _scaling(keys: Keys, name: str, part: dict[str, Any], layout: Literal["halve
     kind = left.pop("rope_type", left.get("type", "default"))
     if left.pop("type", kind) != kind:
         raise refuse("type", f"rope_type={kind!r} is another kind")
-    if not isinstance(kind, str) or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in kinds:
         key = "rope_type" if "rope_type" in part else "type"
-        raise refuse(key, f"rotary scalings are {', '.join(KINDS)}; another would need its formula in moejax/rope.py")
+        raise refuse(key, f"rotary scalings are {', '.join(kinds)}; another would need its formula in moejax/rope.py")
     if left.pop("partial_rotary_factor", 1.0) != 1.0:
         raise refuse("partial_rotary_factor", "this family rotates all dimensions of a head")
 
@@ -91,10 +96,10 @@ def _scaling(keys: Keys, name: str, part: dict[str, Any], layout: Literal["halve
             raise ConfigError(f"{keys.path}: {name}.{key}={value!r}: expected a number")
         return float(value)
 
-    fields: dict[str, Any] = {"layout": layout, "scaling": KINDS[kind]}
-    if kind != "default":
+    fields: dict[str, Any] = {"layout": layout, "scaling": kinds[kind]}
+    if kind not in ("default", "longrope"):
         fields["factor"] = number("factor")
-    if kind in ("yarn", "llama3"):
+    if kind in ("yarn", "llama3", "longrope"):
         context = keys.get("max_position_embeddings", int, None)
         original = number("original_max_position_embeddings", _NONE if context is None else context)
         if original != int(original) or original < 1:
@@ -102,6 +107,14 @@ def _scaling(keys: Keys, name: str, part: dict[str, Any], layout: Literal["halve
         fields["original_length"] = int(original)
     if kind == "llama3":
         fields |= {key: number(key) for key in ("low_freq_factor", "high_freq_factor")}
+    if kind == "longrope":
+        left.pop("factor", None)  # both scales are given, and nothing else would read it
+        fields |= {key: number(key) for key in ("short_mscale", "long_mscale")}
+        for key in ("short_factor", "long_factor"):
+            factors = left.pop(key, None)
+            if not isinstance(factors, list) or any(type(f) not in (int, float) for f in factors):
+                raise refuse(key, "expected a list of numbers, one for each pair of dimensions")
+            fields[key] = tuple(float(f) for f in factors)
     if kind == "yarn":
         fields |= _yarn(keys, left, number, refuse)
     elif left.get("original_max_position_embeddings") is not None:
@@ -133,13 +146,17 @@ def _yarn(keys: Keys, left: dict[str, Any], number: Any, refuse: Any) -> dict[st
 
 def write_rope(theta: float, rope: RopeConfig) -> dict[str, Any]:
     """``rope_theta`` and ``rope_scaling``, which transformers 4 and 5 and vLLM read."""
-    part: dict[str, Any] = {"rope_type": next(name for name, kind in KINDS.items() if kind == rope.scaling)}
-    if rope.scaling != "none":
+    names = {kind: name for name, kind in KINDS.items()}
+    part: dict[str, Any] = {"rope_type": names.get(rope.scaling, rope.scaling)}
+    if rope.scaling not in ("none", "longrope"):
         part["factor"] = rope.factor
-    if rope.scaling in ("yarn", "llama3"):
+    if rope.scaling in ("yarn", "llama3", "longrope"):
         part["original_max_position_embeddings"] = rope.original_length
     if rope.scaling == "llama3":
         part |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.scaling == "longrope":
+        part |= {"short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
+        part |= {"short_mscale": rope.short_mscale, "long_mscale": rope.long_mscale}
     if rope.scaling == "yarn":
         part |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
         given = {

@@ -11,10 +11,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from moejax.config import ModelConfig
 
+LAYER = "model.layers.{}."
+LAYER_OF = re.compile(r"(?:model\.layers|transformer\.blocks)\.(\d+)\.")
+EXPERT_OF = re.compile(r"\.experts\.(\d+)\.")
 Layout = Literal["", "per_expert", "fused", "mxfp4"]
 EXPERT = "{e}"
 
@@ -24,7 +27,7 @@ class Row:
     target: str
     """Parameter: of the model, or of a block (``attention/q``)."""
     source: str
-    """Tensor: its whole name, or for a block what follows ``model.layers.3.``; ``{e}`` is the expert's number."""
+    """Tensor: its whole name, or for a block what follows :attr:`Table.layer`; ``{e}`` is the expert's number."""
     shape: tuple[int | tuple[int, ...], ...]
     """Of the source. A tuple factors one of its dimensions: ``(H, N)`` is one of H times N."""
     order: tuple[int, ...] | None = None
@@ -85,11 +88,17 @@ class Table:
     block: Callable[[bool], tuple[Row, ...]]
     """Rows of a block, by whether it is MoE."""
     ignored: tuple[Ignored, ...]
+    layer: str = LAYER
+    """How the names of a block's tensors begin, with its number."""
+    prediction: tuple[Row, ...] = ()
+    """Rows of a multi-token-prediction module, beside those of its block, which are a layer's."""
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What a module repeats of the model: tensor of the module -> parameter of the model."""
 
 
 def is_float32(target: str) -> bool:
     """Parameters that stay float32 whatever the type of the matrices: norms, all that a router has, sinks."""
-    return target.endswith("/scale") or "router/arrays/" in target or target.endswith("/sinks")
+    return target.endswith(("/scale", "_norm/bias", "/sinks")) or "router/arrays/" in target
 
 
 # --- parts that families share --------------------------------------------------------------------------------------
@@ -99,19 +108,20 @@ TRANSPOSED = (1, 0)
 
 def outer(c: ModelConfig) -> tuple[Row, ...]:
     """Embedding, last norm, and the matrix of the logits unless it is the embedding."""
-    head = () if c.tie_embeddings else (Row("unembed", "lm_head.weight", (c.vocab_size, c.dim)),)
-    return (
-        Row("embed", "model.embed_tokens.weight", (c.vocab_size, c.dim)),
-        Row("final_norm/scale", "model.norm.weight", (c.dim,)),
-        *head,
-    )
+    head = [] if c.tie_embeddings else [Row("unembed", "lm_head.weight", (c.vocab_size, c.dim))]
+    if c.logit_bias:
+        head.append(Row("unembed_bias", "lm_head.bias", (c.vocab_size,)))
+    embed = Row("embed", "model.embed_tokens.weight", (c.vocab_size, c.dim))
+    return (embed, *norm(c, "final_norm", "model.norm"), *head)
+
+
+def norm(c: ModelConfig, target: str, source: str) -> tuple[Row, ...]:
+    scale = Row(f"{target}/scale", f"{source}.weight", (c.dim,))
+    return (scale, Row(f"{target}/bias", f"{source}.bias", (c.dim,))) if c.norm == "layer_bias" else (scale,)
 
 
 def norms(c: ModelConfig) -> tuple[Row, ...]:
-    return (
-        Row("attention_norm/scale", "input_layernorm.weight", (c.dim,)),
-        Row("ffn_norm/scale", "post_attention_layernorm.weight", (c.dim,)),
-    )
+    return (*norm(c, "attention_norm", "input_layernorm"), *norm(c, "ffn_norm", "post_attention_layernorm"))
 
 
 def grouped_attention(c: ModelConfig) -> tuple[Row, ...]:
@@ -216,24 +226,25 @@ def _choices(c: ModelConfig) -> int:
     return c.moe.num_experts + c.moe.zero_experts
 
 
-PREDICTION = "multi-token prediction, which this model does not compute"
+PREDICTION = "multi-token prediction, which is read where model.mtp_layers asks for it"
 INV_FREQ = Ignored(r".*rotary_emb\.inv_freq", "frequencies, computed from the config")
 
 
-def _table(c: ModelConfig, block: Callable[[bool], tuple[Row, ...]], *ignored: Ignored) -> Table:
-    return Table(outer(c), block, (INV_FREQ, *ignored))
+def _table(c: ModelConfig, block: Callable[[bool], tuple[Row, ...]], *ignored: Ignored, **more: Any) -> Table:
+    return Table(outer(c), block, (INV_FREQ, *ignored), **more)
 
 
 # --- families -------------------------------------------------------------------------------------------------------
 
 
 def mixtral(c: ModelConfig) -> Table:
-    """2-D: w1 is the gate, w3 up, w2 down, under ``block_sparse_moe``; fused: under ``mlp``."""
+    """And PhiMoE. 2-D: w1 is the gate, w3 up, w2 down, under ``block_sparse_moe``; fused: under ``mlp``."""
+    fused = "mlp.router.weight" if c.moe.router.name == "sparsemixer" else "mlp.gate.weight"
     rows = (
         *norms(c),
         *grouped_attention(c),
         router(c, "block_sparse_moe.gate.weight"),
-        router(c, "mlp.gate.weight"),
+        router(c, fused),
         *experts(c, "block_sparse_moe.experts.{e}.", ("w1", "w3", "w2")),
     )
     return _table(c, lambda is_moe: rows)
@@ -256,18 +267,33 @@ def qwen_moe(c: ModelConfig) -> Table:
 
 
 def deepseek(c: ModelConfig) -> Table:
-    """DeepSeek-V2, and V3, whose router has a selection bias. Layers past the last predict further tokens."""
+    """DeepSeek-V2, and V3, whose router has a selection bias. V3's layers past the last predict further tokens, as its
+    README_WEIGHTS.md says; their embedding and head are the model's once more."""
     both = (*norms(c), *latent_attention(c))
     sparse = [router(c, "mlp.gate.weight"), *experts(c)]
     ignored = []
+    prediction: dict[str, Any] = {}
     if c.moe.router.name == "sigmoid_bias":
         sparse.append(Row("moe/router/arrays/bias", "mlp.gate.e_score_correction_bias", (c.moe.num_experts,)))
-        past = r"model\.layers\.(\d+)\..*"  # of the layers in the model none is left over
+        asked = "".join(rf"(?!{c.num_layers + k}\.)" for k in range(c.mtp_layers))
+        past = rf"model\.layers\.{asked}(\d+)\..*"  # of the layers in the model none is left over
         ignored.append(Ignored(past, PREDICTION, "model.layers.{}.eh_proj.weight"))
+        prediction = {
+            "prediction": (
+                Row("embed_norm/scale", "enorm.weight", (c.dim,)),
+                Row("hidden_norm/scale", "hnorm.weight", (c.dim,)),
+                Row("proj", "eh_proj.weight", (c.dim, 2 * c.dim), TRANSPOSED),
+                Row("final_norm/scale", "shared_head.norm.weight", (c.dim,)),
+            ),
+            "copies": {
+                "embed_tokens.weight": "embed",
+                "shared_head.head.weight": "embed" if c.tie_embeddings else "unembed",
+            },
+        }
     if c.moe.shared_experts:
         sparse += shared(c, "mlp.shared_experts.")
     plain = dense(c, c.ffn_dim)
-    return _table(c, lambda is_moe: (*both, *(sparse if is_moe else plain)), *ignored)
+    return _table(c, lambda is_moe: (*both, *(sparse if is_moe else plain)), *ignored, **prediction)
 
 
 def gpt_oss(c: ModelConfig) -> Table:
@@ -309,11 +335,50 @@ def longcat_flash(c: ModelConfig) -> Table:
         *experts(c, unused=zero),
     ]
     past = "|".join(str(number) for number in range(e, e + zero))
-    ignored = [Ignored(r"model\.mtp\..*", PREDICTION)]
+    ignored = [Ignored(r"model\.mtp\..*", "multi-token prediction with a block of another kind, which is not computed")]
     if zero:
         name = rf"model\.layers\.\d+\.mlp\.experts\.({past})\.(gate|up|down)_proj\.weight"
         ignored.append(Ignored(name, "weights of zero-computation experts, which return their input"))
     return _table(c, lambda is_moe: tuple(rows), *ignored)
+
+
+def dbrx(c: ModelConfig) -> Table:
+    """Queries, keys and values in one tensor; experts one below the other, and all but ``w2`` transposed."""
+    a, p = c.attention, "norm_attn_norm."
+    h, g = a.num_heads, a.num_kv_heads
+    joint, expert = ((h + 2 * g, a.head_dim), c.dim), ((c.moe.num_experts, c.moe.expert_dim), c.dim)
+    takes = {"q": slice(0, h), "k": slice(h, h + g), "v": slice(h + g, None)}
+    rows = (
+        *norm(c, "attention_norm", p + "norm_1"),
+        *norm(c, "ffn_norm", p + "norm_2"),
+        *(Row(f"attention/{n}", p + "attn.Wqkv.weight", joint, (2, 0, 1), {0: take}) for n, take in takes.items()),
+        Row("attention/o", p + "attn.out_proj.weight", (c.dim, (h, a.head_dim)), (1, 2, 0)),
+        router(c, "ffn.router.layer.weight"),
+        Row("moe/store/gate", "ffn.experts.mlp.w1", expert, (0, 2, 1)),
+        Row("moe/store/up", "ffn.experts.mlp.v1", expert, (0, 2, 1)),
+        Row("moe/store/down", "ffn.experts.mlp.w2", expert),
+    )
+    both = (
+        Row("embed", "transformer.wte.weight", (c.vocab_size, c.dim)),
+        *norm(c, "final_norm", "transformer.norm_f"),
+        Row("unembed", "lm_head.weight", (c.vocab_size, c.dim)),
+    )
+    return Table(both, lambda is_moe: rows, (INV_FREQ,), layer="transformer.blocks.{}.")
+
+
+def llama4_text(c: ModelConfig) -> Table:
+    """Experts' matrices multiply from the left: nothing is transposed."""
+    e, f, d, p = c.moe.num_experts, c.moe.expert_dim, c.dim, "feed_forward."
+    both = (*norms(c), *grouped_attention(c))
+    sparse = (
+        router(c, p + "router.weight"),
+        Row("moe/store/gate", p + "experts.gate_up_proj", (e, d, 2 * f), None, {2: slice(0, f)}),
+        Row("moe/store/up", p + "experts.gate_up_proj", (e, d, 2 * f), None, {2: slice(f, 2 * f)}),
+        Row("moe/store/down", p + "experts.down_proj", (e, f, d)),
+        *shared(c, p + "shared_expert."),
+    )
+    plain = dense(c, c.ffn_dim, p=p)
+    return _table(c, lambda is_moe: (*both, *(sparse if is_moe else plain)))
 
 
 TABLES: dict[str, Callable[[ModelConfig], Table]] = {
@@ -325,7 +390,7 @@ TABLES: dict[str, Callable[[ModelConfig], Table]] = {
     "deepseek_v3": deepseek,
     "gpt_oss": gpt_oss,
     "longcat_flash": longcat_flash,
+    "phimoe": mixtral,
+    "dbrx": dbrx,
+    "llama4_text": llama4_text,
 }
-LAYER = "model.layers.{}."
-LAYER_OF = re.compile(r"model\.layers\.(\d+)\.")
-EXPERT_OF = re.compile(r"\.experts\.(\d+)\.")

@@ -20,8 +20,8 @@ from moejax.config import ConfigError, ModelConfig
 from moejax.importers import files, tiles
 from moejax.importers.config_json import write_config
 from moejax.importers.files import DTYPES
-from moejax.importers.matching import blocks
-from moejax.importers.tables import LAYER, TABLES, Row, is_float32
+from moejax.importers.matching import blocks, prediction_modules
+from moejax.importers.tables import TABLES, Row, is_float32
 
 BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -129,7 +129,12 @@ def _tensors(family: str, config: ModelConfig, layout: Format) -> dict[str, list
 
     add(table.model, "", (), "")
     for layer, path, repeat, is_moe in sorted(blocks(config)):
-        add(table.block(is_moe), path, (repeat,), LAYER.format(layer))
+        add(table.block(is_moe), path, (repeat,), table.layer.format(layer))
+    rows = {row.target: row for row in table.model}
+    for path, prefix, is_moe in prediction_modules(config):
+        add(table.prediction, path, (), prefix)
+        add(table.block(is_moe), path + "block/", (), prefix)
+        found |= {prefix + name: [_Part(target, (), rows[target])] for name, target in table.copies.items()}
     return found
 
 

@@ -13,7 +13,7 @@ from moejax.plan import communication, memory
 from moejax.plan.communication import Collective
 from moejax.plan.memory import Memory
 from moejax.plan.problems import Problem, problems
-from moejax.plan.sizes import Platform, parse_mesh, resolve_mesh
+from moejax.plan.sizes import F32, Platform, parse_mesh, resolve_mesh
 
 __all__ = [
     "Collective", "Memory", "Plan", "Platform", "Problem", "make", "parse_mesh", "platform_of", "problems", "remarks",
@@ -31,7 +31,8 @@ class Plan:
     mesh: MeshConfig
     platform: Platform
     parameters: count.Parameters
-    train: Memory
+    train: Memory | None
+    """None for a config that trains nothing (``train.steps=0``)."""
     evaluation: Memory
     collectives: tuple[Collective, ...]
     flops_per_token: float
@@ -88,6 +89,11 @@ def remarks(config: ExperimentConfig, mesh: MeshConfig) -> list[str]:
             "moe.zero_experts: rows are reserved for all k choices; FLOPs and active parameters are the mean of a "
             "uniform choice"
         )
+    if model.mtp_layers:
+        said.append(
+            "model.mtp_layers: counted whole on each device but for the experts, and not compared with a compiled "
+            "program; FLOPs and what devices send are the main model's"
+        )
     if model.wiring == "longcat":
         said.append(
             "model.wiring='longcat': the largest moment takes the paths of a block to be alive together (docs/plan.md: "
@@ -96,8 +102,11 @@ def remarks(config: ExperimentConfig, mesh: MeshConfig) -> list[str]:
     return said
 
 
-def make(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> Plan:
+def make(config: ExperimentConfig, mesh: MeshConfig, platform: Platform, weight_bytes: int = F32) -> Plan:
     """The plan of a config that passed ``validate.check``, on ``mesh`` (an axis of -1 stands for 1).
+
+    ``weight_bytes`` are those of one parameter while nothing is trained: weights of a Hugging Face folder keep the type
+    of the computation.
 
     Sizes that do not divide (:func:`problems`) are rounded up, so that a plan can be shown beside them.
     """
@@ -107,8 +116,8 @@ def make(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> Plan
         mesh=mesh,
         platform=platform,
         parameters=count.parameters(config.model),
-        train=memory.train(config, mesh, platform),
-        evaluation=memory.evaluate(config, mesh, platform),
-        collectives=tuple(communication.collectives(config, mesh, platform)),
+        train=memory.train(config, mesh, platform) if config.train.steps else None,
+        evaluation=memory.evaluate(config, mesh, platform, weight_bytes),
+        collectives=tuple(communication.collectives(config, mesh, platform)) if config.train.steps else (),
         flops_per_token=count.forward_flops_per_token(config.model, config.data.seq_len),
     )

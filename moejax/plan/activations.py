@@ -22,7 +22,7 @@ from moejax.plan.sizes import F32, INT, Array, Sizes
 
 PARTS = (
     "embedding", "norms", "attention", "attention scores", "router", "dispatch plan", "rows [P,D]", "hidden [P,F]",
-    "expert weights", "dense FFN", "shared experts", "logits and loss",
+    "expert weights", "dense FFN", "shared experts", "multi-token prediction", "logits and loss",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def dense_ffn(s: Sizes, hidden: int, part: str) -> Iterator[Array]:
         yield Array(part, "weights in the compute type", s.matrices * s.model.dim * hidden * s.itemsize)
 
 
-ROUTER_TABLES = {"noisy_topk": 6}
+ROUTER_TABLES = {"noisy_topk": 6, "sparsemixer": 7}
 """[T, E] float32 arrays that a router family keeps, with the metrics that losses are made of. The others: 3."""
 
 
@@ -56,9 +56,12 @@ def moe(s: Sizes) -> Iterator[Array]:
     """Of the routed experts, with their router and dispatch, and of the shared ones."""
     m, c, d = s.model.moe, s.itemsize, s.model.dim
     yield from router(s)
-    yield Array("dispatch plan", "rows of pairs, pairs of rows", (s.pairs + 2 * s.rows) * INT)
+    of_rows = 4 if s.expert_parallel else 2  # there also the order of received rows by expert, and the way back
+    yield Array("dispatch plan", "rows of pairs, pairs of rows", (s.pairs + of_rows * s.rows) * INT)
     yield Array("rows [P,D]", "inputs and outputs of experts", 2 * s.rows * d * c)
-    weights = s.matrices * m.num_experts * d * s.expert_dim
+    if m.weigh == "input":
+        yield Array("rows [P,D]", "inputs before their weight, and that, in float32", s.rows * (d + 1) * F32)
+    weights = s.matrices * s.experts * d * s.expert_dim
     hidden = (s.matrices - 1) * s.rows * s.expert_dim
     if s.back_end in KEEPS_HIDDEN:
         yield Array("hidden [P,F]", "pre-activations", hidden * c)
@@ -66,11 +69,12 @@ def moe(s: Sizes) -> Iterator[Array]:
         internals = FFN_HIDDEN[s.model.activation] - s.matrices
         yield Array("hidden [P,F]", "pre-activations and activation", (hidden + s.rows * s.expert_dim) * c)
         yield Array("hidden [P,F]", "inside the activation", internals * s.rows * s.expert_dim * F32)
+    which = "this rank's experts" if s.expert_parallel else "all experts"
     if s.cast:
-        yield Array("expert weights", "in the compute type, all experts", weights * c)
+        yield Array("expert weights", f"in the compute type, {which}", weights * c)
     elif s.token_shards > 1:
-        # per_shard takes weights whole and casts them to varying: each device keeps that copy for the backward pass.
-        yield Array("expert weights", "gathered, all experts", weights * c)
+        # per_shard casts the weights that it takes to varying: each device keeps that copy for the backward pass.
+        yield Array("expert weights", f"{'cast to varying' if s.expert_parallel else 'gathered'}, {which}", weights * c)
     if s.shared_dim:
         yield from dense_ffn(s, s.shared_dim, "shared experts")
         if m.shared_gate == "sigmoid":
@@ -80,8 +84,9 @@ def moe(s: Sizes) -> Iterator[Array]:
 
 
 def ffn_half(s: Sizes, is_moe: bool) -> list[Array]:
-    """Of a block's second norm and its experts or dense FFN."""
-    return [*norm(s, s.model.dim), *(moe(s) if is_moe else dense_ffn(s, s.ffn_dim, "dense FFN"))]
+    """Of a block's second norm and its experts or dense FFN, and of the norm after that where there is one."""
+    after = list(norm(s, s.model.dim)) if s.model.sandwich_norm else []
+    return [*norm(s, s.model.dim), *(moe(s) if is_moe else dense_ffn(s, s.ffn_dim, "dense FFN")), *after]
 
 
 def block(s: Sizes, is_moe: bool) -> list[Array]:
@@ -96,11 +101,13 @@ def matmul_outputs(s: Sizes, is_moe: bool) -> list[Array]:
     """What ``remat="dots"`` keeps of one block: outputs of matmuls without a batch axis."""
     m, c, t = s.model.moe, s.itemsize, s.tokens
     kept = list(outputs(s))
+    if s.model.sandwich_norm and (not is_moe or s.shared_dim):  # a norm reads what the last matmul made
+        kept.append(Array("dense FFN" if not is_moe else "shared experts", "output", t * s.model.dim * c))
     if s.model.wiring == "longcat":
         kept += [*outputs(s), Array("dense FFN", "gate and up", 2 * (s.matrices - 1) * t * s.ffn_dim * c),
                  Array("dense FFN", "output of the first", t * s.model.dim * c)]  # fmt: skip
     if not is_moe:
-        # The down projection ends the block: nothing after it needs its output.
+        # The down projection ends the block (but for sandwich norms): nothing after it needs its output.
         return [*kept, Array("dense FFN", "gate and up", (s.matrices - 1) * t * s.ffn_dim * c)]
     router = 2 if m.router.name == "noisy_topk" else 1
     kept.append(Array("router", "logits [T,E]", router * t * s.choices * F32))
@@ -133,6 +140,16 @@ def head(s: Sizes) -> list[Array]:
     return kept
 
 
+def prediction(s: Sizes) -> list[Array]:
+    """What multi-token prediction keeps: of each module both normed inputs, a block like the last one, and a head."""
+    model, one = s.model, s.tokens * s.model.dim * s.itemsize
+    if not model.mtp_layers:
+        return []
+    arrays = [*norm(s, 2 * model.dim), Array("", "both inputs", 2 * one), *block(s, layer_groups(model)[-1][0][-1])]
+    arrays += head(s)
+    return [Array("multi-token prediction", a.what, a.bytes * model.mtp_layers) for a in arrays]
+
+
 def kept_by_layers(s: Sizes) -> list[Array]:
     """What all layers together keep, under the config's ``remat``."""
     total: list[Array] = []
@@ -145,7 +162,7 @@ def kept_by_layers(s: Sizes) -> list[Array]:
                 one += block(s, is_moe)
             elif s.model.remat == "dots":
                 one += matmul_outputs(s, is_moe)
-        if s.model.remat == "dots" and len(pattern) > 1:
+        if s.model.remat == "dots" and len(pattern) > 1 and not s.model.sandwich_norm:
             # Between blocks of one pattern nothing is cut, but a dense block's last matmul is no longer the last.
             inner = [is_moe for is_moe in pattern[:-1] if not is_moe]
             one += [Array("dense FFN", "output", s.tokens * s.model.dim * s.itemsize) for _ in inner]
@@ -189,6 +206,8 @@ def backward_of_ffn(s: Sizes, is_moe: bool) -> list[Array]:
         width = s.matrices * t * s.ffn_dim * c
         return [stream, Array("dense FFN", "gradients of hidden", width)]
     found = [stream, Array("rows [P,D]", "gradients of inputs and outputs", 2 * s.rows * d * c)]
+    if s.expert_parallel:
+        found.append(Array("rows [P,D]", "buffers of the exchange", s.rows * d * c))
     if s.model.remat == "none" and s.model.layer_loop == "scan":
         # The loop over experts wants whole arrays: the layer's slices of what is stacked over layers are copied out.
         found.append(Array("rows [P,D]", "this layer's inputs", s.rows * d * c))
@@ -231,19 +250,20 @@ def backward_of_block(s: Sizes, is_moe: bool) -> list[Array]:
 
 def forward_of_block(s: Sizes, is_moe: bool) -> list[list[Array]]:
     """The moments of a block without a backward pass: attention, then its FFN."""
-    m, c, d, t = s.model.moe, s.itemsize, s.model.dim, s.tokens
+    c, d, t = s.itemsize, s.model.dim, s.tokens
     stream = Array("norms", "residual stream and normalised input", 2 * t * d * c)
     first = forward(s)
     if not is_moe:
         return [first, [stream, Array("dense FFN", "hidden", s.matrices * t * s.ffn_dim * c)]]
-    weights = s.matrices * m.num_experts * d * s.expert_dim
-    layer = [Array("expert weights", "this layer's, all experts", weights * c)] if _copied(s) else []
+    weights = s.matrices * s.experts * d * s.expert_dim
+    layer = [Array("expert weights", "this layer's", weights * c)] if _copied(s) else []
     hidden = Array("hidden [P,F]", "pre-activations", (s.matrices - 1) * s.rows * s.expert_dim * c)
     ys = Array("rows [P,D]", "outputs of experts", s.rows * d * c)
     xs = Array("rows [P,D]", "inputs of experts", s.rows * d * c)
-    ffn = [stream, *layer, xs, ys, hidden, *_plan(s)]
+    sent = [Array("rows [P,D]", "buffers of the exchange", 2 * s.rows * d * c)] if s.expert_parallel else []
+    ffn = [stream, *layer, xs, ys, hidden, *sent, *_plan(s)]
     if s.back_end == "padded":
-        ffn = [stream, *layer, xs, ys, *_plan(s), *_padded(s, d_outputs=0, hiddens=s.matrices - 1)]
+        ffn = [stream, *layer, xs, ys, *sent, *_plan(s), *_padded(s, d_outputs=0, hiddens=s.matrices - 1)]
     if s.back_end == "cpu_tiled":
         # It writes into arrays of zeros, pre-activations too, and XLA makes constants before anything else.
         first += [*(layer if s.token_shards == 1 else []), ys, hidden]
@@ -269,11 +289,22 @@ def parameters(model: ModelConfig, s: Sizes) -> dict[str, int]:
     biases = (s.matrices - 1) * s.expert_dim + d if m.expert_bias else 0
     gate = d if m.shared_experts and m.shared_gate == "sigmoid" else 0
     return {
-        "embedding": model.vocab_size * d * (1 if model.tie_embeddings else 2),
-        "norms": (2 * attentions + 1) * d,
+        "embedding": model.vocab_size * (d * (1 if model.tie_embeddings else 2) + (1 if model.logit_bias else 0)),
+        "norms": count.block_norms(model) + count.norm_parameters(model),
         "attention": attentions * attention_parameters(s),
         "router": moes * sum(count.router_parameters(model)) if moes else 0,
         "expert weights": moes * -(-m.num_experts // s.expert_shards) * (s.matrices * d * s.expert_dim + biases),
         "dense FFN": count.dense_ffns(model) * s.matrices * d * s.ffn_dim,
         "shared experts": moes * (s.matrices * d * s.shared_dim + gate),
+        "multi-token prediction": _prediction_parameters(s),
     }
+
+
+def _prediction_parameters(s: Sizes) -> int:
+    """Whole on each device, but for the experts."""
+    model, moe = s.model, s.model.moe
+    if not model.mtp_layers or not layer_groups(model)[-1][0][-1]:
+        return count.prediction_parameters(model)
+    one = count.ffn_parameters(model.dim, moe.expert_dim, model.activation) + count.expert_biases(model)
+    elsewhere = moe.num_experts - -(-moe.num_experts // s.expert_shards)
+    return count.prediction_parameters(model) - model.mtp_layers * elsewhere * one

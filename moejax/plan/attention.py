@@ -10,7 +10,7 @@ from moejax.rope import rotated_dims
 
 
 def norm(s: Sizes, dim: int) -> Iterator[Array]:
-    """Of one RMS norm over ``dim`` numbers of each token."""
+    """Of one norm over ``dim`` numbers of each token. A layer norm keeps its centred input instead of the input."""
     yield Array("norms", "input and x/rms in float32", 2 * s.tokens * dim * F32)
     yield Array("norms", "1/rms", 2 * s.tokens * F32)
 
@@ -48,9 +48,11 @@ def _ranks(s: Sizes) -> list[int]:
 
 
 def attention(s: Sizes) -> Iterator[Array]:
-    """Kept of one attention and its norm."""
+    """Kept of one attention and its norm, or both its norms."""
     a, c, t = s.model.attention, s.itemsize, s.tokens
     yield from norm(s, s.model.dim)
+    if s.model.sandwich_norm:
+        yield from norm(s, s.model.dim)
     yield Array("attention", "input of the projections", t * s.model.dim * c)
     for rank in _ranks(s):
         yield from norm(s, rank)
@@ -59,6 +61,12 @@ def attention(s: Sizes) -> Iterator[Array]:
         means = s.heads + s.kv_heads if a.qk_norm_over == "head" else 2
         yield Array("norms", "queries and keys, normalised and not", 2 * t * a.head_dim * (s.heads + s.kv_heads) * F32)
         yield Array("norms", "1/rms of queries and keys", 2 * t * means * F32)
+    if a.qk_unit_norm:
+        heads = s.heads + s.kv_heads
+        yield Array("norms", "queries and keys, rotated, and 1/rms", t * heads * (a.head_dim + 2) * F32)
+    if a.clip_qkv:
+        numbers = (s.heads + 2 * s.kv_heads) * a.head_dim
+        yield Array("attention", "queries, keys, values before clipping", 2 * t * numbers * c)
     yield Array("attention", "queries, keys, values, output", t * _numbers(s) * c)
     if s.cast:
         yield Array("attention", "weights in the compute type", matrices(s) * c)
@@ -69,6 +77,8 @@ def attention(s: Sizes) -> Iterator[Array]:
         return
     yield Array("attention scores", "softmax [B,H,S,S]", s.scores * (F32 + c))
     yield Array("attention scores", "its sums", (3 if a.sinks else 2) * t * s.heads * F32)
+    if a.score_softcap:
+        yield Array("attention scores", "soft cap [B,H,S,S]", s.scores * F32)
     if a.window:
         yield Array("attention scores", "mask of each layer [B,H,S,S]", s.scores)
 

@@ -1,12 +1,13 @@
 """What a training step sends between devices: each collective with its cause and its bytes.
 
-It follows ``moejax.dispatch.per_shard`` (weights go in whole, so those that are stored split over the expert axis are
-gathered for each layer, and the transpose sums their gradients over all token shards) and what XLA's partitioner makes
-of the rest. ``tests/test_plan.py`` compares with the collectives of compiled programs.
+It follows ``moejax.dispatch``: weights go in whole, so those that are stored split over the expert axis are gathered
+for each layer, and the transpose sums their gradients over all token shards; under expert parallelism they stay, rows
+travel instead, and the gradients are summed over the data axis. What XLA's partitioner makes of the rest is added.
+``tests/test_plan.py`` compares with the collectives of compiled programs.
 
 Bytes are those of the whole array that a collective makes, on one device; a reduction's array is as large as what goes
-in. What a device really sends by a ring is ``wire``: of n devices, (n - 1)/n of the array to gather it, twice that to
-reduce it.
+in. What a device really sends by a ring is ``wire``: of n devices, (n - 1)/n of the array to gather or to exchange it,
+twice that to reduce it.
 """
 
 import dataclasses
@@ -14,16 +15,17 @@ from typing import Literal
 
 from moejax import count
 from moejax.config import ExperimentConfig, MeshConfig
+from moejax.dispatch import pieces
 from moejax.model import layer_groups
 from moejax.plan.activations import parameters
-from moejax.plan.sizes import F32, Platform, Sizes, make
+from moejax.plan.sizes import F32, INT, Platform, Sizes, make
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """All calls of one kind in one optimizer step."""
 
-    kind: Literal["all-reduce", "all-gather"]
+    kind: Literal["all-reduce", "all-gather", "all-to-all"]
     cause: str
     over: str
     """Mesh axes."""
@@ -67,10 +69,24 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
     # Forward, once more where the backward pass makes the layer again, once more for exact balance losses.
     passes = 1 + (model.remat != "none") + (1 if _exact_balance(config) else 0)
     sums = layers * (5 * s.choices + 2) * F32
+    if s.expert_parallel:
+        experts //= s.expert_shards
+        buffer, counts = s.rows * model.dim * s.itemsize, len(pieces(model.moe, s.tokens)) * model.moe.num_experts * INT
+        of_experts = [
+            Collective("all-to-all", "rows to their experts and back", "expert", s.expert_shards,
+                       2 * (passes + 1) * layers * buffer * micros),
+            Collective("all-to-all", "counts of rows", "expert", s.expert_shards, passes * layers * counts * micros),
+            Collective("all-reduce", "gradients of the experts that a device hosts", "data", n // s.expert_shards,
+                       experts * micros),
+        ]  # fmt: skip
+    else:
+        of_experts = [
+            Collective("all-gather", "experts' weights, whole for each layer", "expert", s.expert_shards,
+                       experts * passes * micros),
+            Collective("all-reduce", "gradients of the experts, whole for each layer", over, n, experts * micros),
+        ]  # fmt: skip
     return [
-        Collective("all-gather", "experts' weights, whole for each layer", "expert", s.expert_shards,
-                   experts * passes * micros),
-        Collective("all-reduce", "gradients of the experts, whole for each layer", over, n, experts * micros),
+        *of_experts,
         Collective("all-reduce", "gradients of everything else", over, n, rest * micros),
         Collective("all-reduce", "metrics of MoE layers", over, n,
                    round(sums * (2 if _exact_balance(config) else 1)) * micros),

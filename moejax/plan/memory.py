@@ -72,6 +72,7 @@ def train(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> Mem
     copies = _gradient_copies(s) + (1 if micros > 1 else 0)
     grads = _weights("gradients", weights, copies)
     kept = activations.kept_by_layers(s) + activations.once(s, s.model.remat != "none") + _slices(s, weights)
+    kept += activations.prediction(s)
     # With micro-batches the sum of gradients is there from the first one on.
     summed = _weights("sum of gradients", weights) if micros > 1 else []
     moments = [
@@ -96,10 +97,10 @@ def train(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> Mem
     return Memory(tuple(arguments), tuple(moments), s)
 
 
-def evaluate(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> Memory:
-    """Of an evaluation batch (``eval.batch_size``), without a cache."""
+def evaluate(config: ExperimentConfig, mesh: MeshConfig, platform: Platform, weight_bytes: int = F32) -> Memory:
+    """Of an evaluation batch (``eval.batch_size``), without a cache. ``weight_bytes``: of one parameter."""
     s = make(config, mesh, platform, train=False)
-    weights = {part: n * F32 for part, n in activations.parameters(config.model, s).items() if n}
+    weights = {part: n * weight_bytes for part, n in activations.parameters(config.model, s).items() if n}
     arguments = [*_weights("parameters", weights), *_state(s)]
     flags = {flag for pattern, _ in layer_groups(s.model) for flag in pattern}
     # Without experts nothing reads the mask, and XLA does not take it.
@@ -109,6 +110,8 @@ def evaluate(config: ExperimentConfig, mesh: MeshConfig, platform: Platform) -> 
         Array("logits and loss", "logits [T,V]", s.tokens * s.model.vocab_size * F32),
         Array("norms", "input", 2 * s.tokens * s.model.dim * s.itemsize),
     ]
+    if s.model.logit_bias or s.model.logit_softcap:
+        logits.append(Array("logits and loss", "with bias or soft cap [T,V]", s.tokens * s.model.vocab_size * F32))
     moments = [Moment("logits", tuple(logits))]
     for is_moe in sorted(flags):
         names = ("attention", "experts" if is_moe else "dense FFN")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kernels_pallas.grouped_matmul.ffn import Weights
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend as mosaic_gpu
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, ModelConfig
+from moejax.dispatch import buffer_rows, pieces
 from moejax.experts import GATED, expert_specs
 from moejax.moe import shared_width
 
@@ -72,8 +73,8 @@ def attention_core(model: ModelConfig, seq_len: int, platform: Platform) -> str:
     """``xla`` or ``cudnn``: the rule of ``moejax.attention``."""
     if model.attention.implementation != "auto":
         return model.attention.implementation
-    if model.attention.kind == "latent" or model.attention.sinks:
-        return "xla"  # the fused core has neither
+    if model.attention.kind == "latent" or model.attention.sinks or model.attention.score_softcap:
+        return "xla"  # the fused core has none of them
     fits = model.compute_dtype == "bfloat16" and model.attention.head_dim in (64, 128) and seq_len % 64 == 0
     return "cudnn" if fits and platform == "gpu" else "xla"
 
@@ -153,9 +154,28 @@ class Sizes:
         return self.tokens * moe.router.k
 
     @property
+    def expert_parallel(self) -> bool:
+        """Whether tokens travel to their experts."""
+        return self.model.moe.dispatcher == "ep" and self.expert_shards > 1
+
+    @property
+    def experts(self) -> int:
+        """Experts whose weights a device computes with."""
+        experts = self.model.moe.num_experts
+        return _share(experts, self.expert_shards) if self.expert_parallel else experts
+
+    @property
     def rows(self) -> int:
-        """P, rows that experts compute."""
-        return self.model.moe.num_experts * self.tokens if self.model.moe.dispatcher == "dense" else self.pairs
+        """P, rows of experts; under expert parallelism those of the buffers, of all pieces."""
+        moe = self.model.moe
+        if not self.expert_parallel:
+            return moe.num_experts * self.tokens if moe.dispatcher == "dense" else self.pairs
+        rows = 0
+        for part in pieces(moe, self.tokens):
+            tokens = part.stop - part.start
+            table = (self.pairs, 1) if moe.router.name == "expert_choice" else (tokens, moe.router.k)
+            rows += self.expert_shards * buffer_rows(moe, table, tokens, self.expert_shards)
+        return rows
 
     @property
     def scores(self) -> int:

@@ -46,25 +46,32 @@ def size(count: float) -> str:
 
 def summary(plan: Plan, name: str, hash_: str) -> list[str]:
     """The lines above the tables. Name and hash are those of the config as given."""
-    p, config = plan.parameters, plan.config
-    tokens = config.train.steps * plan.tokens_per_step
-    flops = plan.flops_per_token
+    p, config, sizes = plan.parameters, plan.config, (plan.train or plan.evaluation).sizes
+    forward, training = plan.flops_per_token, 3 * plan.flops_per_token
+    planned = "no training (train.steps=0): weights are evaluated as they are"
+    flops = f"FLOPs per token: {forward:,.0f} forward"
+    if plan.train:
+        tokens = config.train.steps * plan.tokens_per_step
+        planned = (
+            f"training {config.train.steps:,} steps x {config.train.batch_size} sequences x {config.data.seq_len} "
+            f"tokens = {tokens:,} tokens, {training * tokens:.3g} model FLOPs"
+        )
+        flops += f", {training:,.0f} training; {training * plan.tokens_per_step / plan.devices:.3g} per step and device"
     return [
         f"config {name} ({hash_})",
         f"parameters {p.total:,} total, {p.active:,} active per token; routed experts {p.routed_experts / p.total:.0%}",
-        f"training {config.train.steps:,} steps x {config.train.batch_size} sequences x {config.data.seq_len} tokens "
-        f"= {tokens:,} tokens, {3 * flops * tokens:.3g} model FLOPs",
-        f"FLOPs per token: {flops:,.0f} forward, {3 * flops:,.0f} training; "
-        f"{3 * flops * plan.tokens_per_step / plan.devices:.3g} per step and device",
+        planned,
+        flops,
         f"mesh data={plan.mesh.data} x expert={plan.mesh.expert} x model={plan.mesh.model} = {plan.devices} "
-        f"device{'s' * (plan.devices > 1)} ({plan.platform}); experts by {plan.train.sizes.back_end!r}, "
-        f"attention by {plan.train.sizes.core!r}, remat {config.model.remat!r}",
+        f"device{'s' * (plan.devices > 1)} ({plan.platform}); experts by {sizes.back_end!r}, "
+        f"attention by {sizes.core!r}, remat {config.model.remat!r}",
     ]
 
 
 def tables(plan: Plan) -> list[Table]:
     """Parameters, memory of training and evaluation by part, and communication."""
-    found = [_parameters(plan), _memory("training step", plan.train), _memory("evaluation batch", plan.evaluation)]
+    programs = {"training step": plan.train, "evaluation batch": plan.evaluation}
+    found = [_parameters(plan), *(_memory(title, memory) for title, memory in programs.items() if memory)]
     if plan.collectives:
         rows = tuple(
             (c.cause, c.kind, f"{c.over} ({c.devices})", size(c.bytes), size(c.wire)) for c in plan.collectives
@@ -79,6 +86,7 @@ def _parameters(plan: Plan) -> Table:
     parts = [("embedding", p.embedding), ("attention", p.attention), ("dense FFN", p.dense_ffn),
              ("routed experts", p.routed_experts), ("shared experts", p.shared_experts),
              ("router", p.router)]  # fmt: skip
+    parts.append(("multi-token prediction", p.prediction))
     parts.append(("norms", p.total - sum(n for _, n in parts)))
     rows = [(name, f"{n:,}", f"{n / p.total:.1%}") for name, n in parts if n]
     return Table("parameters of the model", ("part", "number", "share"), tuple(rows))

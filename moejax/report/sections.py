@@ -45,6 +45,9 @@ def facts(run: Run) -> Section:
     back_end = str(implementation or "")
     if isinstance(refused, dict) and refused:
         back_end += "; refused: " + "; ".join(f"{name} ({why})" for name, why in refused.items())
+    exchange = dig(env, "expert_parallelism", "exchange")
+    ranks = dig(env, "expert_parallelism", "ranks")
+    experts_over = f"{ranks} ranks, rows travel by {exchange} exchange" if exchange else ""
     items = [
         ("config", str(config.get("name") or "")),
         ("scale", str(config.get("scale") or "")),
@@ -65,6 +68,7 @@ def facts(run: Run) -> Section:
         ("wall time, first to last log line", _known(duration, running_time(run.lines("train")))),
         ("device", f"{device}{devices}" if device else ""),
         ("grouped matmul", back_end),
+        ("expert parallelism", experts_over),
         ("versions", ", ".join(f"{k} {v}" for k, v in (env.get("versions") or {}).items())),
         ("commit", f"{commit}{dirty}" if commit else ""),
         ("command", str(env.get("command") or "")),

@@ -27,6 +27,7 @@ from moejax.report.blocks import (
     significant,
     span,
 )
+from moejax.report.imported import OWN_TABLES
 from moejax.report.load import Run
 from moejax.results import ResultRow
 from moejax.verdicts import count_verdicts
@@ -42,6 +43,8 @@ PAPERS = {
     "specmoeoff": "SpecMoEOff, arXiv 2508.21706",
     "pec": "Partial Experts Checkpoint, arXiv 2408.04307",
     "survey": "A Survey on Mixture of Experts, arXiv 2407.06204",
+    "parity": "Parity with transformers",
+    "loading": "Loading a published checkpoint",
 }
 MAX_PLOTS = 4
 
@@ -124,10 +127,13 @@ def commands(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def value_tables(values: Sequence[ResultRow], first: str | None) -> list[Table]:
-    """One table for each metric, ``first`` ahead; where there is one row of many metrics, one table of them all."""
+    """One table for each metric, ``first`` ahead; where there is one row of many metrics, one table of them all; for
+    some papers a table of their own."""
     metrics = sorted({row.metric: None for row in values}, key=lambda metric: metric != first)
     if len(metrics) > 1 and len({row.row for row in values}) == 1:
         return [metric_table(values)]
+    if values and values[0].paper in OWN_TABLES:
+        return [OWN_TABLES[values[0].paper](values)]
     return [value_table([r for r in values if r.metric == m], folded=m != metrics[0]) for m in metrics]
 
 

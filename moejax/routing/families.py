@@ -184,6 +184,53 @@ def _biased_choice(scores: Array, bias: Array, logits: Array, ctx: RouteContext,
     return _table(expert, weight, scores, logits, ctx, config)
 
 
+@register("topk_of_sigmoid", settings=("bias",))
+def topk_of_sigmoid(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
+    """Sigmoid of the top-k logits (Llama 4, whose k is 1): ``s = sigmoid(x W); e = topk(x W); weight = s_e`` or, with
+    ``renormalise`` and k > 1, ``s_e / sum(s_e)``. :func:`sigmoid_bias` without its state."""
+    logits = router_logits(x, w, ctx, config)
+    scores = jax.nn.sigmoid(logits)
+    _, expert = jax.lax.top_k(logits, config.k)  # large scores are equal in float32, their logits are not
+    weight = jnp.take_along_axis(scores, expert, axis=1)
+    if config.renormalise and config.k > 1:
+        weight = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-20)
+    return _table(expert, weight, scores, logits, ctx, config)
+
+
+@register(
+    "sparsemixer",
+    min_k=2,
+    max_k=2,
+    why_k="SparseMixer-v2 chooses one expert and then another: set router.k=2",
+    settings=("bias", "mask_margin"),
+)
+def sparsemixer(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
+    """The top-2 choice of SparseMixer-v2 (2409.12136; PhiMoE), as it is made in evaluation::
+
+        e_1 = argmax(z);  weight_1 = softmax over {j: z_1 - z_j <= 2 m max(|z_j|, z_1)} of z, at e_1
+        e_2 = argmax(z without e_1);  weight_2 likewise, without e_1 and with z_2 in the place of z_1
+
+    with ``m = mask_margin``: each weight compares its expert with those nearly as good, so the two sum to at most 2,
+    and both are 1 for most tokens of a decided router.
+
+    Training is *not* that of the paper, which draws the experts at random among the nearly as good and estimates the
+    gradient of that draw (a mid-point rule, Heun's third-order method). Here it is the plain gradient of the weights,
+    with the choice of evaluation: a token whose choices have no rival gives the router none.
+    """
+    logits = router_logits(x, w, ctx, config)
+    choices, weights, rest = [], [], logits
+    for _ in range(2):
+        expert = jnp.argmax(rest, axis=-1, keepdims=True)
+        best = jnp.take_along_axis(rest, expert, axis=1)
+        near = best - logits <= 2 * config.mask_margin * jnp.maximum(jnp.abs(logits), best)
+        share = jax.nn.softmax(jnp.where(near, rest, -jnp.inf))
+        choices.append(expert)
+        weights.append(jnp.take_along_axis(share, expert, axis=1))
+        rest = jnp.where(jnp.arange(logits.shape[-1]) == expert, -jnp.inf, rest)
+    expert, weight = (jnp.concatenate(parts, axis=1) for parts in (choices, weights))
+    return _table(expert, weight, jax.nn.softmax(logits), logits, ctx, config)
+
+
 @register("expert_choice", causal=False, settings=("bias",))
 def expert_choice(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Expert choice (2202.09368): each expert takes its ``C = ceil(n k / E)`` best tokens, ``n`` the real tokens.

@@ -20,7 +20,7 @@ RouterFn = Callable[[Array, RouterWeights, RouteContext, RouterConfig], Routing]
 UpdateFn = Callable[[dict[str, Array], Array, RouterConfig, int], dict[str, Array]]
 """``(state, pairs of each id [..., E], config, experts that compute) -> state``."""
 
-SETTINGS = {"bias": False, "groups": 1}
+SETTINGS = {"bias": False, "groups": 1, "mask_margin": 0.01}
 """Fields of a router's config that not every family implements, with the value that leaves them out."""
 
 
@@ -115,6 +115,11 @@ def family(config: RouterConfig, num_experts: int, *, zero_experts: int = 0, cau
         raise ConfigError(
             f"router.renormalise=False: the gate weights of router.name={config.name!r} sum to 1 by construction; set "
             "it to True, or choose 'topk_of_softmax', which leaves the choice"
+        )
+    if "mask_margin" in fam.settings and not 0 < config.mask_margin < float("inf"):
+        raise ConfigError(
+            f"router.mask_margin={config.mask_margin}: must be a finite number above 0; with 0 every gate weight is "
+            "the constant 1, so the router gets no gradient"
         )
     _check_groups(config, choices, total)
     if config.k < fam.min_k or (fam.max_k is not None and config.k > fam.max_k):

@@ -1,0 +1,63 @@
+"""Plans: where every pair of a Routing goes, and the way back.
+
+Letters: T tokens, R routing rows, K choices per row, P rows for the experts, E experts.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moejax.routing import computing, count_by_expert
+from moejax.types import DispatchPlan, Routing, SoftRouting
+
+
+def local_plan(routing: Routing, num_tokens: int) -> DispatchPlan:
+    """Sorts the valid pairs by expert, then by pair. Each gets a row, except those of zero-computation experts:
+    ``P = R K``, overflow 0."""
+    if isinstance(routing, SoftRouting):
+        raise TypeError("the local dispatcher takes pairs, not a SoftRouting: use a dense mixture's einsum dispatcher")
+    num_experts = routing.probs.shape[-1] - routing.zero_experts
+    rows, k = routing.expert.shape
+    pairs = rows * k
+    expert = jnp.where(computing(routing), routing.expert, num_experts).reshape(-1)
+    pair = jnp.arange(pairs, dtype=jnp.int32)
+    if (num_experts + 1) * pairs < 2**31:
+        # One sort of one operand: expert and pair in one int32. Faster than a stable argsort of two.
+        key = jnp.sort(expert.astype(jnp.int32) * pairs + pair)
+        order = key % pairs
+    else:
+        _, order = jax.lax.sort((expert, pair), num_keys=1, is_stable=True)
+    group_sizes = count_by_expert(expert, num_experts)
+    held = pair < jnp.sum(group_sizes)
+    source = order // k if routing.token is None else routing.token[order // k]
+    row_of_pair = jnp.zeros_like(pair).at[order].set(jnp.where(held, pair, pairs), unique_indices=True)
+    return DispatchPlan(
+        token_of_row=jnp.where(held, source, num_tokens).astype(jnp.int32),
+        row_of_pair=row_of_pair.reshape(rows, k),
+        pair_of_row=jnp.where(held, order, pairs),
+        group_sizes=group_sizes,
+        token=routing.token,
+        overflow=jnp.int32(0),
+    )
+
+
+def dense_plan(routing: Routing, num_tokens: int) -> DispatchPlan:
+    """Every expert computes every token: row ``e T + t``. Invalid pairs point out of bounds."""
+    if isinstance(routing, SoftRouting):
+        raise TypeError("the dense dispatcher takes pairs, not a SoftRouting")
+    num_experts = routing.probs.shape[-1] - routing.zero_experts
+    rows = num_experts * num_tokens
+    token = jnp.arange(routing.expert.shape[0]) if routing.token is None else routing.token
+    row_of_pair = jnp.where(computing(routing), routing.expert * num_tokens + token[:, None], rows)
+    return DispatchPlan(
+        token_of_row=jnp.arange(rows, dtype=jnp.int32) % num_tokens,
+        row_of_pair=row_of_pair.astype(jnp.int32),
+        pair_of_row=jnp.full(rows, routing.expert.size, jnp.int32),
+        group_sizes=jnp.full(num_experts, num_tokens, jnp.int32),
+        token=routing.token,
+        overflow=jnp.int32(0),
+    )
+
+
+PLANS: dict[str, Callable[[Routing, int], DispatchPlan]] = {"local": local_plan, "dense": dense_plan}

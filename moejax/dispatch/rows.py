@@ -1,0 +1,118 @@
+"""Dispatch and combine: tokens to the rows of a plan, and rows back to tokens.
+
+They are transposes of one another, so each has a custom_vjp whose backward pass is the other's gather.
+
+Letters: T tokens, D model, R routing rows, K choices per row, P rows for the experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.routing import computing
+from moejax.types import DispatchPlan, Routing
+
+
+def dispatch(x: Float[Array, "T D"], plan: DispatchPlan, *, backend: str = "local") -> Float[Array, "P D"]:
+    """Gathers each row's token; rows that hold no pair are zeros."""
+    if backend == "dense" or plan.token is not None:
+        return take(x, plan.token_of_row)
+    return _dispatch(x, plan.token_of_row, plan.row_of_pair)
+
+
+def weighted_rows(
+    xs: Float[Array, "P D"], routing: Routing, plan: DispatchPlan, *, backend: str = "local"
+) -> Float[Array, "P D"]:
+    """Each row times the gate weight of its pair (Llama 4 weighs what goes into an expert). Rows without one: 0."""
+    weight = routing.weight.astype(jnp.float32)
+    if backend == "dense":  # row e T + t, whether or not t chose e: combine reads the pairs' rows only
+        of_row = jnp.zeros(xs.shape[0]).at[plan.row_of_pair.reshape(-1)].set(weight.reshape(-1), mode="drop")
+    else:
+        of_row = take(weight.reshape(-1), plan.pair_of_row)
+    return (of_row[:, None] * xs.astype(jnp.float32)).astype(xs.dtype)
+
+
+def combine(
+    ys: Float[Array, "P D"],
+    weight: Float[Array, "R K"],
+    plan: DispatchPlan,
+    num_tokens: int,
+    *,
+    backend: str = "local",
+) -> Float[Array, "T D"]:
+    """``y[t] = sum over pairs of t of weight * ys[row]``, accumulated in float32, in the order of k.
+
+    Rows that belong to no pair may hold anything, NaN included: they are never read.
+    """
+    if plan.token is not None:
+        # Expert choice: how many pairs a token has is not known beforehand, so this is a sum by token.
+        pairs = weight.astype(jnp.float32) * take(ys, plan.row_of_pair[:, 0]).astype(jnp.float32)
+        summed = jnp.zeros((num_tokens, ys.shape[1]), jnp.float32).at[plan.token].add(pairs)
+        return summed.astype(ys.dtype)
+    if backend == "dense":
+        return _weighted_sum(ys, weight, plan.row_of_pair)
+    return _combine(ys, weight, plan.token_of_row, plan.row_of_pair, plan.pair_of_row)
+
+
+def take(x: Array, index: Array) -> Array:
+    """Rows of ``x``; zeros where the index is out of bounds."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _weighted_sum(ys: Array, weight: Array, row_of_pair: Array) -> Array:
+    # Unrolled over K: no [T, K, D] temporary (see the measurements behind it in docs/architecture.md).
+    total = jnp.zeros_like(ys, jnp.float32, shape=(weight.shape[0], ys.shape[1]))
+    for k in range(weight.shape[1]):
+        total = total + weight[:, k, None].astype(jnp.float32) * take(ys, row_of_pair[:, k]).astype(jnp.float32)
+    return total.astype(ys.dtype)
+
+
+@jax.custom_vjp
+def _dispatch(x: Float[Array, "T D"], token_of_row: Int[Array, "P"], row_of_pair: Int[Array, "T K"]) -> Array:
+    return take(x, token_of_row)
+
+
+def _dispatch_fwd(x: Array, token_of_row: Array, row_of_pair: Array) -> tuple[Array, Array]:
+    return take(x, token_of_row), row_of_pair
+
+
+def _dispatch_bwd(row_of_pair: Array, dxs: Array) -> tuple[Array, None, None]:
+    ones = jnp.ones_like(dxs, jnp.float32, shape=row_of_pair.shape)
+    return _weighted_sum(dxs, ones, row_of_pair), None, None
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def _combine(ys: Array, weight: Array, token_of_row: Array, row_of_pair: Array, pair_of_row: Array) -> Array:
+    return _weighted_sum(ys, weight, row_of_pair)
+
+
+def _combine_fwd(ys: Array, weight: Array, token_of_row: Array, row_of_pair: Array, pair_of_row: Array) -> tuple:
+    return _weighted_sum(ys, weight, row_of_pair), (ys, weight, token_of_row, row_of_pair, pair_of_row)
+
+
+def _combine_bwd(saved: tuple, dy: Array) -> tuple:
+    ys, weight, token_of_row, row_of_pair, pair_of_row = saved
+    weight_of_row = take(weight.reshape(-1), pair_of_row).astype(jnp.float32)
+    dys = (weight_of_row[:, None] * take(dy, token_of_row).astype(jnp.float32)).astype(ys.dtype)
+    dweight = [
+        jnp.sum(take(ys, row_of_pair[:, k]).astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
+        for k in range(weight.shape[1])
+    ]
+    return dys, jnp.stack(dweight, axis=1).astype(weight.dtype), None, None, None
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def unchanged(x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"] | None:
+    """What the zero-computation experts return (LongCat-Flash, 2509.01322, eq. 2): each token times the sum of its
+    weights for them, in float32. None without such experts."""
+    if not routing.zero_experts:
+        return None
+    weight = jnp.sum(jnp.where(routing.valid & ~computing(routing), routing.weight, 0.0), axis=1)
+    if routing.token is not None:
+        weight = jnp.zeros_like(weight, shape=x.shape[:1]).at[routing.token].add(weight)
+    return weight[:, None] * x.astype(jnp.float32)

@@ -1,0 +1,190 @@
+"""What limits share: ranks within an expert, capacities, requests, and what becomes of a dropped pair's weight.
+
+Letters: T tokens, E experts, R routing rows, K choices per row, P = R K pairs, L MoE layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.routing import computing
+from moejax.types import RouteContext, Routing
+
+DropOrder = Literal["score", "order", "reverse", "random"]
+Rounding = Literal["floor", "ceil", "at_least_one"]
+Scope = Literal["rank", "fair", "request"]
+
+SLACK = 5e-7
+"""Factor and mean are rounded to float32 (and XLA divides by a constant through its reciprocal): without the slack,
+1.3 x 170 or (n/k) x (t k / n) lands just below its integer and one pair too many goes."""
+
+
+def option(default: Any, *, static: bool = True) -> Any:
+    """A field of a limit that :func:`moejax.limits.describe` leaves out at its default."""
+    return dataclasses.field(default=default, metadata={"static": static, "later": True})
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def ranked(
+    groups: tuple[Array, ...], valid: Bool[Array, "R K"], priority: tuple[Array, ...]
+) -> tuple[Int[Array, "R K"], Int[Array, "R K"]]:
+    """Rank of each valid pair among those that agree with it in all of ``groups``, and how many these are.
+
+    Rank 0 has the highest priority; a later entry of ``priority`` parts what is equal in the earlier ones, and at last
+    the earlier pair goes first. Invalid pairs are ranked among themselves.
+    """
+    shape = valid.shape
+    first_group = jnp.where(valid, groups[0], jnp.iinfo(jnp.int32).max)
+    keys = [jnp.broadcast_to(k, shape).reshape(-1) for k in (first_group, *groups[1:], *(-p for p in priority))]
+    pair = jnp.arange(valid.size, dtype=jnp.int32)
+    *in_order, order = jax.lax.sort((*keys, pair), num_keys=len(keys), is_stable=True)
+    new = pair == 0
+    for key in in_order[: len(groups)]:
+        new = new | (key != jnp.roll(key, 1))
+    start = jax.lax.cummax(jnp.where(new, pair, 0))
+    end = jax.lax.cummin(jnp.where(jnp.roll(new, -1), pair + 1, valid.size), reverse=True)
+    back = jnp.zeros_like(pair).at[order]
+    rank, size = (back.set(v, unique_indices=True).reshape(shape) for v in (pair - start, end - start))
+    return rank, size
+
+
+def rank_in_expert(routing: Routing, priority: Float[Array, "R K"]) -> Int[Array, "R K"]:
+    """Rank of each valid pair among those of its expert: 0 has the highest priority, ties go to the earlier pair."""
+    return ranked((routing.expert,), routing.valid, (priority,))[0]
+
+
+def keep_best(
+    routing: Routing,
+    group: Int[Array, "R K"],
+    priority: tuple[Array, ...],
+    room: Callable[[Array], Array],
+    ctx: RouteContext,
+    *,
+    scope: Scope = "rank",
+    counted: Bool[Array, "R K"] | None = None,
+    protected: Bool[Array, "R K"] | None = None,
+) -> Routing:
+    """Clears every pair that is not among the best of its group.
+
+    Args:
+      group: what shares one capacity: the pair's expert, or its expert's device.
+      priority: as in :func:`ranked`.
+      room: from the number of pairs that share the capacities to the capacity of one group.
+      scope: "rank": all tokens at hand share. "fair": they do, and every request loses the same share of its pairs of a
+        group, up to one pair. "request": each request has capacities of its own, from its own pairs.
+      counted: the pairs that ``room`` is told of; None: all valid ones.
+      protected: pairs that stay whatever the capacity. They take the first places; those beyond the capacity are
+        counted in ``Routing.exceeded``.
+
+    Pairs of zero-computation experts cost nothing: they are neither counted nor cleared.
+    """
+    costs = computing(routing)
+    counted = costs if counted is None else costs & counted
+    first = () if protected is None else (protected.astype(jnp.int32),)
+    priority = tuple(jax.lax.stop_gradient(p) for p in priority)
+    if scope == "request":
+        request = request_of_row(routing, ctx)
+        rank, _ = ranked((group, request[:, None]), costs, (*first, *priority))
+        capacity = room(pairs_of_request(request, counted))[:, None]
+    else:
+        if scope == "fair":
+            request = request_of_row(routing, ctx)[:, None]
+            rank, size = ranked((group, request), costs, (*first, *priority))
+            priority = (-(rank + 0.5) / size, *priority)
+        rank, _ = ranked((group,), costs, (*first, *priority))
+        capacity = room(jnp.sum(counted))
+    within = rank < capacity
+    stays = within if protected is None else within | protected
+    kept = dataclasses.replace(routing, valid=routing.valid & (stays | ~costs))
+    if protected is None:
+        return kept
+    beyond = jnp.sum(costs & protected & ~within, axis=1, dtype=jnp.float32)
+    return dataclasses.replace(kept, exceeded=beyond if routing.exceeded is None else routing.exceeded + beyond)
+
+
+def best_of_token(routing: Routing) -> Bool[Array, "R K"]:
+    """The pair with the highest score of each token, among those that an expert must compute."""
+    costs = computing(routing)
+    rank, _ = ranked((token_of_row(routing)[:, None],), costs, (jax.lax.stop_gradient(routing.score),))
+    return costs & (rank == 0)
+
+
+# --- capacities -----------------------------------------------------------------------------------
+
+
+def mean_load(routing: Routing, ctx: RouteContext) -> Float[Array, ""]:
+    """``t k / n`` of the paper: pairs still valid over experts. Padding, pairs that an earlier limit dropped and
+    zero-computation experts with their pairs do not count."""
+    del ctx
+    return jnp.sum(computing(routing)) / num_experts(routing)
+
+
+def num_experts(routing: Routing) -> int:
+    """Experts that compute."""
+    return routing.probs.shape[-1] - routing.zero_experts
+
+
+def capacity(factor: Array, mean: Array, rounding: Rounding) -> Array:
+    """``factor * mean`` as a whole number of pairs: rounded down ("floor"), up ("ceil"), or down but not to 0 unless
+    the factor is 0 ("at_least_one")."""
+    if rounding == "ceil":
+        return jnp.ceil(factor * mean * (1 - SLACK))
+    floor = jnp.floor(factor * mean * (1 + SLACK))
+    return jnp.where(factor > 0, jnp.maximum(floor, 1), 0) if rounding == "at_least_one" else floor
+
+
+def of_layer(factor: Float[Array, "..."]) -> Float[Array, ""]:
+    """The factor; raises ValueError where it still is one for each layer (:func:`moejax.limits.for_layer`)."""
+    if jnp.ndim(factor):
+        raise ValueError(f"a limit with {factor.shape[0]} factors, one for each layer: take limits.for_layer of it")
+    return factor
+
+
+# --- tokens and requests --------------------------------------------------------------------------
+
+
+def token_of_row(routing: Routing) -> Int[Array, "R"]:
+    rows = routing.expert.shape[0]
+    return jnp.arange(rows, dtype=jnp.int32) if routing.token is None else routing.token
+
+
+def request_of_row(routing: Routing, ctx: RouteContext) -> Int[Array, "R"]:
+    """Number of each row's request, counted from 0: rows of one request have one number."""
+    if ctx.request_ids is None:
+        raise ValueError("a limit with scope='fair' or 'request' needs RouteContext(request_ids=...)")
+    ids = ctx.request_ids if routing.token is None else ctx.request_ids[routing.token]
+    row = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    in_order, order = jax.lax.sort((ids, row), num_keys=1, is_stable=True)
+    number = jnp.cumsum((row > 0) & (in_order != jnp.roll(in_order, 1)), dtype=jnp.int32)
+    return jnp.zeros_like(row).at[order].set(number, unique_indices=True)
+
+
+def pairs_of_request(request: Int[Array, "R"], counted: Bool[Array, "R K"]) -> Int[Array, "R"]:
+    """Counted pairs of each row's request."""
+    of_row = jnp.sum(counted, axis=1, dtype=jnp.int32)
+    return jnp.zeros_like(of_row).at[request].add(of_row)[request]
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def weight_of_token(routing: Routing) -> Float[Array, "R"]:
+    """Sum of the weights of the valid pairs of each row's token."""
+    of_row = jnp.sum(jnp.where(routing.valid, routing.weight, 0.0), axis=1)
+    if routing.token is None:
+        return of_row
+    return jnp.zeros(routing.probs.shape[0], of_row.dtype).at[routing.token].add(of_row)[routing.token]
+
+
+def share_lost_weight(before: Routing, after: Routing) -> Routing:
+    """``after`` with each token's weights scaled to the sum that they had in ``before``: pairs that are left take over
+    what the dropped ones had. Where none was dropped or added they stay as they are, bit for bit."""
+    left = weight_of_token(after)
+    scale = jnp.where(left > 0, weight_of_token(before) / jnp.where(left > 0, left, 1.0), 1.0)
+    return dataclasses.replace(after, weight=after.weight * scale[:, None])

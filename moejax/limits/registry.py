@@ -1,0 +1,282 @@
+"""Limits by name: as text in configs and flags (``token_drop:factor=1.5,order=random``), and as JSON in traces."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast, get_args, get_origin
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from moejax.config import ConfigError, MoEConfig
+from moejax.limits.budget import DeviceBudget, MeasuredBudget
+from moejax.limits.drop import ExpertDrop, TokenDrop
+from moejax.limits.expand import AddedWeight, ExpandedDrop, Priority, Reroute
+from moejax.limits.pieces import DropOrder, Rounding, Scope
+from moejax.types import Limit
+
+Factor = float | tuple[float, ...]
+"""One capacity factor, or one for each MoE layer."""
+
+# --- from plain values ----------------------------------------------------------------------------
+
+
+def token_drop(
+    factor: Factor,
+    order: DropOrder | str = "score",
+    *,
+    rounding: Rounding = "floor",
+    scope: Scope = "rank",
+    keep_top1: bool = False,
+    renormalise: bool = False,
+    drop_first: int | None = None,
+) -> TokenDrop:
+    """A :class:`TokenDrop` from plain values.
+
+    Raises:
+      ConfigError: an unknown order, a negative factor, or a draw at random within requests.
+    """
+    if order not in get_args(DropOrder):
+        raise ConfigError(f"order={order!r}: choose one of {', '.join(get_args(DropOrder))}")
+    if order == "random" and scope == "request":
+        raise ConfigError(
+            "order='random' with scope='request': a draw depends on the token's place in the batch, so nothing would "
+            "be batch-invariant; choose another order, or scope='fair'"
+        )
+    return TokenDrop(
+        factor=_factor(factor), order=cast(DropOrder, order), rounding=rounding, scope=scope, keep_top1=keep_top1,
+        renormalise=renormalise, drop_first=None if drop_first is None else jnp.int32(drop_first),
+    )  # fmt: skip
+
+
+def expanded_drop(
+    factor: Factor,
+    *,
+    priority: Priority = "score",
+    floor: float = 0.0,
+    added_weight: AddedWeight = "score",
+    rounding: Rounding = "floor",
+    scope: Scope = "rank",
+    keep_top1: bool = False,
+    renormalise: bool = False,
+) -> ExpandedDrop:
+    """An :class:`ExpandedDrop` from plain values; raises ConfigError for a negative factor or a floor that is NaN."""
+    if math.isnan(floor):
+        raise ConfigError("floor=nan: give the score that an added pair must exceed, or 0")
+    return ExpandedDrop(
+        factor=_factor(factor), floor=jnp.float32(floor), priority=priority, added_weight=added_weight,
+        rounding=rounding, scope=scope, keep_top1=keep_top1, renormalise=renormalise,
+    )  # fmt: skip
+
+
+def reroute(
+    factor: Factor,
+    *,
+    rounds: int = 2,
+    added_weight: AddedWeight = "score",
+    rounding: Rounding = "floor",
+    renormalise: bool = False,
+) -> Reroute:
+    """A :class:`Reroute` from plain values; raises ConfigError for a negative factor or fewer than one round."""
+    if rounds < 1:
+        raise ConfigError(f"rounds={rounds}: 1 or more; 1 is Token Drop by score")
+    return Reroute(_factor(factor), rounds, added_weight, rounding, renormalise)
+
+
+def expert_drop(*, experts: int = 0, share: float = 0.0) -> ExpertDrop:
+    """An :class:`ExpertDrop` of so many experts, or of a share of them.
+
+    Raises:
+      ConfigError: both or neither, or a value out of range.
+    """
+    if (experts > 0) == (share > 0) or experts < 0 or not 0 <= share <= 1:
+        raise ConfigError(f"experts={experts}, share={share}: give a number of experts to skip, or a share in (0, 1]")
+    return ExpertDrop(jnp.float32(experts or share), "experts" if experts else "share")
+
+
+def device_budget(
+    factor: Factor,
+    *,
+    ranks: int = 0,
+    rounding: Rounding = "floor",
+    scope: Scope = "rank",
+    keep_top1: bool = False,
+    renormalise: bool = False,
+    expanded: bool = False,
+    added_weight: AddedWeight = "score",
+) -> DeviceBudget:
+    """A :class:`DeviceBudget` from plain values; raises ConfigError for a negative factor or number of ranks."""
+    return DeviceBudget(
+        _factor(factor), _ranks(ranks), rounding, scope, keep_top1, renormalise, expanded, added_weight
+    )  # fmt: skip
+
+
+def measured_budget(
+    *, ranks: int = 0, seconds_per_row: tuple[float, ...] = (), renormalise: bool = False
+) -> MeasuredBudget:
+    """A :class:`MeasuredBudget` from plain values.
+
+    Raises:
+      ConfigError: a time that is not above 0, or times for another number of devices.
+    """
+    if any(not 0 < t < math.inf for t in seconds_per_row) or (seconds_per_row and len(seconds_per_row) != ranks):
+        raise ConfigError(
+            f"seconds_per_row={seconds_per_row}, ranks={ranks}: give one time above 0 for each of the ranks, or none"
+        )
+    times = jnp.asarray(seconds_per_row, jnp.float32) if seconds_per_row else None
+    return MeasuredBudget(times, _ranks(ranks), renormalise)
+
+
+def _factor(factor: Factor) -> Float[Array, "..."]:
+    values = factor if isinstance(factor, tuple) else (factor,)
+    for value in values:
+        if not value >= 0:
+            raise ConfigError(f"factor={value}: a capacity factor is a multiple of the mean load, 0 or more")
+    return jnp.asarray(factor, jnp.float32)
+
+
+def _ranks(ranks: int) -> int:
+    if ranks < 0:
+        raise ConfigError(f"ranks={ranks}: a number of devices, or 0 for those of expert parallelism")
+    return ranks
+
+
+LIMITS: dict[str, Callable[..., Limit]] = {
+    "token_drop": token_drop, "expanded_drop": expanded_drop, "reroute": reroute, "expert_drop": expert_drop,
+    "device_budget": device_budget, "measured_budget": measured_budget,
+}  # fmt: skip
+"""Every limit by the name that configs and flags give it."""
+
+# --- from text ------------------------------------------------------------------------------------
+
+
+def parse(text: str) -> Limit:
+    """The limit that ``text`` says: its name and, after a colon, options as ``name=value`` with commas between them.
+
+    Several values of one option are parted by ``/`` (``factor=1/1.5/2``: one for each MoE layer).
+
+    Raises:
+      ConfigError: an unknown name or option, or a value that it cannot take.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name not in LIMITS:
+        close = difflib.get_close_matches(name, LIMITS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(LIMITS)}"
+        raise ConfigError(f"limit {text!r}: there is no limit {name!r}; {hint}")
+    options = inspect.signature(LIMITS[name]).parameters
+    given: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in options or not equals or key in given:
+            raise ConfigError(
+                f"limit {text!r}: {part!r} is no option of {name}, or stands twice; write {name}:option=value with "
+                f"{', '.join(options)}"
+            )
+        given[key] = _value(options[key].annotation, value, f"limit {text!r}: {part}")
+    missing = [key for key, p in options.items() if p.default is inspect.Parameter.empty and key not in given]
+    if missing:
+        raise ConfigError(f"limit {text!r}: {name} needs {', '.join(missing)}, e.g. {name}:{missing[0]}=1.5")
+    try:
+        return LIMITS[name](**given)
+    except ConfigError as error:
+        raise ConfigError(f"limit {text!r}: {error}") from None
+
+
+def _value(kind: Any, text: str, where: str) -> Any:
+    kinds = get_args(kind) if get_origin(kind) not in (Literal, tuple) and get_args(kind) else (kind,)
+    for each in kinds:  # of a union the first that fits
+        if get_origin(each) is Literal:
+            if text in get_args(each):
+                return text
+            continue
+        if get_origin(each) is tuple:
+            parts = [_number(part, float) for part in text.split("/")]
+            if None not in parts:
+                return tuple(parts)
+        elif each is bool and text in ("true", "True", "1", "false", "False", "0"):
+            return text in ("true", "True", "1")
+        elif each in (int, float) and (value := _number(text, each)) is not None:
+            return value
+    choices = [c for each in kinds if get_origin(each) is Literal for c in get_args(each)]
+    wanted = ", ".join(choices) or {bool: "true or false", int: "a whole number"}.get(kinds[0], "a number")
+    raise ConfigError(f"{where}: must be {'one of ' if choices else ''}{wanted}")
+
+
+def _number(text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+# --- of a config ----------------------------------------------------------------------------------
+
+
+def of_config(config: MoEConfig) -> tuple[Limit, ...]:
+    """The limits that ``moe.capacity_factor`` or ``moe.capacity_limits`` put in force; none where it is dropless.
+
+    Raises:
+      ConfigError: both, or a text that says no limit.
+    """
+    if config.capacity_factor <= 0:
+        return tuple(parse(text) for text in config.capacity_limits)
+    if config.capacity_limits:
+        raise ConfigError(
+            f"moe.capacity_factor={config.capacity_factor} and moe.capacity_limits={config.capacity_limits}: one says "
+            "Token Drop, the other any limits; set the factor to 0, or leave the limits out"
+        )
+    return (token_drop(config.capacity_factor, config.capacity_order),)
+
+
+def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal: bool) -> None:
+    """Whether limits fit a model with ``num_layers`` MoE layers; ``causal``: its router's rows are tokens.
+
+    Raises:
+      ConfigError: with the limit, the value, the rule and the way out.
+    """
+    for limit in limits:
+        name = type(limit).__name__
+        if (isinstance(limit, ExpandedDrop | Reroute) or getattr(limit, "expanded", False)) and not causal:
+            raise ConfigError(
+                f"{name} adds experts to tokens, and the rows of router.name={config.router.name!r} are pairs: choose "
+                "another router, or a limit that only drops"
+            )
+        factor = getattr(limit, "factor", None)
+        if factor is not None and jnp.ndim(factor) and factor.shape[0] != num_layers:
+            raise ConfigError(
+                f"{name}: {factor.shape[0]} factors for {num_layers} MoE layers; give one for each, or one"
+            )
+        if getattr(limit, "drop_first", None) is not None:
+            raise ConfigError(f"{name}: drop_first needs a modality of each token, which language models do not have")
+        ranks = getattr(limit, "ranks", 0)
+        if ranks and config.num_experts % ranks:
+            divisors = [d for d in range(1, config.num_experts + 1) if config.num_experts % d == 0]
+            raise ConfigError(
+                f"{name}: ranks={ranks} does not divide moe.num_experts={config.num_experts}: choose one of {divisors}"
+            )
+        if isinstance(limit, ExpertDrop) and limit.unit == "experts" and float(limit.amount) >= config.num_experts:
+            raise ConfigError(
+                f"{name}: experts={float(limit.amount):g} of moe.num_experts={config.num_experts} leaves none"
+            )
+
+
+def describe(limits: Iterable[Limit]) -> list[dict[str, Any]]:
+    """Each limit as JSON values: the name of its class, and its fields; later options only where they are used."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, str | bool | int):
+            return value
+        array = np.asarray(value)  # a float32 0.3 is written so, and reads back as the same float32
+        return float(str(array)) if array.ndim == 0 and array.dtype.kind == "f" else array.tolist()
+
+    def used(limit: Any, field: dataclasses.Field) -> bool:
+        return not (field.metadata.get("later") and getattr(limit, field.name) is field.default)
+
+    return [
+        {"name": type(limit).__name__}
+        | {f.name: plain(getattr(limit, f.name)) for f in dataclasses.fields(cast(Any, limit)) if used(limit, f)}
+        for limit in limits
+    ]

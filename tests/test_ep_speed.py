@@ -1,0 +1,111 @@
+"""experiments.ep_speed at a tiny size on 2 of the emulated devices: the rows, the checks before timing, the split."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import ep_speed, session
+from moejax.dispatch import exchange
+from moejax.results import read_rows
+from tests.small import quick_compilation
+
+TINY = ["--devices=2", "--mib=1", "--dim=64", "--experts=4", "--k=2", "--expert_dim=16", "--tokens=32", "--repeats=2",
+        "--target_ms=0"]  # fmt: skip
+
+
+def run(output: Path, *arguments: str) -> int:
+    with quick_compilation():
+        return session.call(ep_speed.define_flags, ep_speed.command, [f"--output={output}", *TINY, *arguments])
+
+
+def test_a_transfer_is_a_share_of_the_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    draw = ep_speed.routing_tables
+    monkeypatch.setattr(ep_speed, "KINDS", ("dirichlet5",))
+    monkeypatch.setattr(ep_speed, "routing_tables", lambda *a: draw(*a, seed=1))
+    output = tmp_path / "rows.jsonl"
+    assert run(output, "--parts=transfer", "--factors=fit") == 0
+    plain, *rows = read_rows(output)
+    assert plain.value == 1.0
+    assert [row.metric.partition("/")[2] for row in rows] == ["transfer", "packed", "send"]
+    for row in rows:
+        extra = row.extra
+        assert extra["useful_bytes"] == 2 * extra["pairs"] * 64 == 2**20
+        assert row.value == pytest.approx(extra["plain_ms"] / extra["median_ms"])
+        assert extra["buffer_factor"] * 16 % 1 == 0 and "overflow" not in extra
+        assert extra["rows"] >= extra["buffer_factor"] * extra["pairs"]
+
+
+def test_a_wrong_exchange_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setitem(exchange.TRANSPORTS, "padded", lambda buffer, *rest: exchange.padded(buffer, *rest)[::-1])
+    output = tmp_path / "rows.jsonl"
+    assert run(output, "--parts=transfer", "--factors=0") == 2
+    assert "WRONG: padded, uniform, 0, 1 MiB" in capsys.readouterr().err
+    assert len(read_rows(output)) == 1  # the yardstick
+
+
+@pytest.mark.slow
+def test_a_layer_is_timed_by_each_exchange(tmp_path: Path):
+    output = tmp_path / "rows.jsonl"
+    assert run(output, "--parts=layer", "--factors=fit") == 0
+    rows = read_rows(output)
+    assert [row.row for row in rows] == [
+        "layer, local, weights gathered", "layer, padded, fit", "layer, chunked 2, fit",
+    ]  # fmt: skip
+    for row in rows:
+        assert row.value > 0 and row.extra["error"] < 5e-3 and row.extra["overflow"] == 0
+        assert "no device events" in row.extra["no_split"]
+
+
+def test_tables_are_distinct_and_as_skewed_as_asked():
+    setting = ep_speed.Setting(experts=8, k=3, dim=8, expert_dim=8, tokens=8, repeats=1, target_ms=0)
+    loads = {}
+    for kind in ep_speed.KINDS:
+        table = ep_speed.routing_tables(kind, setting, 500, 2)
+        assert table.shape == (1000, 3)
+        assert (np.diff(np.sort(table, axis=1), axis=1) > 0).all()
+        loads[kind] = np.bincount(table.reshape(-1), minlength=8) / table.size * 8
+        factor = ep_speed.fitting_factor(table, setting, 2)
+        most = max((rank // 4 == to).sum() for rank in table.reshape(2, -1) for to in (0, 1))
+        assert factor - 1 / 16 < most / 750 <= factor
+    assert loads["uniform"].max() < 1.1 < 1.3 < loads["dirichlet5"].max()
+
+
+PROGRAM = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %dot.1 = f32[8] dot(%x), metadata={op_name="jit(run)/route/dot_general" stack_frame_id=1}
+  %sort.2 = f32[8] sort(%x), metadata={op_name="jit(run)/shard_map/dispatch/sort"}
+  %all-to-all.3 = f32[8] all-to-all(%x), metadata={op_name="jit(run)/shard_map/dispatch/communicate/all_to_all"}
+  %fusion.4 = f32[8] fusion(%x), metadata={op_name="jit(run)/transpose(jvp(experts))/mul"}
+  ROOT %add.5 = f32[8] add(%x), metadata={op_name="jit(run)/combine/add"}
+}
+"""
+
+
+def test_a_profile_is_split_by_named_scopes():
+    parts = ep_speed.parts_of_program(PROGRAM)
+    assert parts == {"dot.1": "route", "sort.2": "permute", "all-to-all.3": "communicate", "fusion.4": "experts",
+                     "add.5": "combine"}  # fmt: skip
+    events = [("dot.1", 1.0), ("sort.2", 2.0), ("all-to-all.3", 3.0), ("fusion.4", 4.0), ("fusion.4", 4.0),
+              ("add.5", 5.0), ("ncclDevKernel_SendRecv", 6.0), ("MemcpyD2D", 7.0)]  # fmt: skip
+    assert ep_speed.split_of_events(events, parts) == {
+        "route": 1.0, "permute": 2.0, "communicate": 9.0, "experts": 8.0, "combine": 5.0, "other": 7.0,
+    }  # fmt: skip
+    assert ep_speed.split_of_events([], parts) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--devices=1"], "one device exchanges nothing"),
+        (["--experts=5"], "--experts=5 must divide over 2 devices"),
+        (["--exchanges=ragged"], "cannot run on a CPU"),
+        (["--exchanges=fast"], "--exchanges=fast: choose of padded, ragged"),
+        (["--factors=-1"], "--factors=-1: give 'fit', 0 or a positive number"),
+        (["--parts=all"], "--parts=all: choose of transfer, layer"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys, arguments: list[str], message: str):
+    assert run(tmp_path / "rows.jsonl", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "rows.jsonl").exists()
