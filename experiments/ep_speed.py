@@ -14,7 +14,7 @@ unit of the transfers is a plain ``lax.all_to_all`` of as many bytes in the same
     With the plan (one sort) and the exchange of counts too: all of the outward trip.
 
 Routing is uniform, and drawn from Dirichlet(5) for the experts' popularity. A factor is ``moe.ep_buffer_factor``; "fit"
-is the smallest multiple of 1/16 at which nothing overflows, 0 the worst case. Each exchange is checked before it is
+is the smallest multiple of 1/64 at which nothing overflows, 0 the worst case. Each exchange is checked before it is
 timed: every row must reach its expert and come back exactly. A layer's split into route, permute, communicate, experts
 and combine is of the kernels' time in a profile of the devices; without device events (a CPU) there is none.
 """
@@ -54,7 +54,7 @@ SCOPES = {
 """Named scopes of ``moejax.moe``, the inner ones first, with the part of a layer that they are."""
 KINDS = ("uniform", "dirichlet5")
 MARKS = 128
-FITS = 16
+FITS = 64
 """Factors that fit are multiples of 1 / FITS."""
 
 
@@ -96,7 +96,7 @@ def table_of(expert: jax.Array, num_experts: int) -> Routing:
 
 
 def fitting_factor(expert: np.ndarray, setting: Setting, ranks: int) -> float:
-    """The smallest multiple of 1 / 16 with room for every rank's pairs for every destination."""
+    """The smallest multiple of 1 / 64 with room for every rank's pairs for every destination."""
     destination = expert.reshape(ranks, -1) // (setting.experts // ranks)
     most = max(np.bincount(one, minlength=ranks).max() for one in destination)
     return math.ceil(most / (destination.shape[1] / ranks) * FITS) / FITS
@@ -310,20 +310,26 @@ def parts_of_program(text: str) -> dict[str, str]:
     return {name: part_of(op_name) for name, op_name in found}
 
 
+KERNELS = {"communicate": r"all.to.all|ncclDevKernel", "experts": r"mosaic_gpu|grouped"}
+"""Kernels that are known by name: a collective's, and those of the grouped FFN."""
+
+
 def split_of_events(events: Iterable[tuple[str, float]], parts: dict[str, str]) -> dict[str, float] | None:
-    """Nanoseconds of each part, of ``(instruction, nanoseconds)``; None without events. Collectives whose instruction
-    the program's text does not name count as ``communicate``."""
+    """Nanoseconds of each part, of ``(kernel, nanoseconds)``; None without events. A kernel is named like its
+    instruction, with underscores; those that are not are told by :data:`KERNELS`."""
+    by_kernel = {re.sub(r"\W", "_", name): part for name, part in parts.items()}
     sums = dict.fromkeys(PARTS, 0.0)
     for name, duration in events:
-        part = parts.get(name) or parts.get(name.removesuffix("-start").removesuffix("-done"))
+        part = by_kernel.get(re.sub(r"\W", "_", name))
         if part is None:
-            part = "communicate" if re.search(r"all-to-all|ncclDevKernel", name) else "other"
+            part = next((part for part, form in KERNELS.items() if re.search(form, name)), "other")
         sums[part] += duration
     return sums if any(sums.values()) else None
 
 
 def device_events(folder: Path) -> Iterator[tuple[str, float]]:
-    """``(HLO instruction, or the kernel's name, nanoseconds)`` of the first GPU's kernels in a profile's folder."""
+    """``(kernel, nanoseconds)`` of the first GPU's kernels in a profile's folder. Their HLO instruction is not asked
+    for: within a command buffer it is that of the buffer."""
     for path in sorted(folder.rglob("*.xplane.pb*")):
         data = path.read_bytes()
         made = jax.profiler.ProfileData.from_serialized_xspace(gzip.decompress(data) if path.suffix == ".gz" else data)
@@ -334,8 +340,7 @@ def device_events(folder: Path) -> Iterator[tuple[str, float]]:
                 if "Stream" not in line.name:
                     continue
                 for event in line.events:
-                    stats = dict(event.stats)
-                    yield str(stats.get("hlo_op") or event.name), float(event.duration_ns)
+                    yield event.name, float(event.duration_ns)
 
 
 def profiled(compiled: Any, args: tuple, keep: Path | None, calls: int = 3) -> dict[str, float] | None:

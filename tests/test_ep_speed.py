@@ -32,7 +32,7 @@ def test_a_transfer_is_a_share_of_the_plain_one(tmp_path: Path, monkeypatch: pyt
         extra = row.extra
         assert extra["useful_bytes"] == 2 * extra["pairs"] * 64 == 2**20
         assert row.value == pytest.approx(extra["plain_ms"] / extra["median_ms"])
-        assert extra["buffer_factor"] * 16 % 1 == 0 and "overflow" not in extra
+        assert extra["buffer_factor"] * ep_speed.FITS % 1 == 0 and "overflow" not in extra
         assert extra["rows"] >= extra["buffer_factor"] * extra["pairs"]
 
 
@@ -67,7 +67,7 @@ def test_tables_are_distinct_and_as_skewed_as_asked():
         loads[kind] = np.bincount(table.reshape(-1), minlength=8) / table.size * 8
         factor = ep_speed.fitting_factor(table, setting, 2)
         most = max((rank // 4 == to).sum() for rank in table.reshape(2, -1) for to in (0, 1))
-        assert factor - 1 / 16 < most / 750 <= factor
+        assert factor - 1 / ep_speed.FITS < most / 750 <= factor
     assert loads["uniform"].max() < 1.1 < 1.3 < loads["dirichlet5"].max()
 
 
@@ -86,8 +86,8 @@ def test_a_profile_is_split_by_named_scopes():
     parts = ep_speed.parts_of_program(PROGRAM)
     assert parts == {"dot.1": "route", "sort.2": "permute", "all-to-all.3": "communicate", "fusion.4": "experts",
                      "add.5": "combine"}  # fmt: skip
-    events = [("dot.1", 1.0), ("sort.2", 2.0), ("all-to-all.3", 3.0), ("fusion.4", 4.0), ("fusion.4", 4.0),
-              ("add.5", 5.0), ("ncclDevKernel_SendRecv", 6.0), ("MemcpyD2D", 7.0)]  # fmt: skip
+    events = [("dot_1", 1.0), ("sort_2", 2.0), ("ncclDevKernel_SendRecv(int)", 9.0), ("anonymous_mosaic_gpu_kernel", 4.0),
+              ("fusion_4", 4.0), ("add_5", 5.0), ("MemcpyD2D", 7.0)]  # fmt: skip
     assert ep_speed.split_of_events(events, parts) == {
         "route": 1.0, "permute": 2.0, "communicate": 9.0, "experts": 8.0, "combine": 5.0, "other": 7.0,
     }  # fmt: skip
