@@ -50,21 +50,18 @@ Times = dict[str, list[float]]
 def random_model(config: ModelConfig, seed: int = 0) -> Decoder:
     """A model whose matrices have the type of the computation, as imported ones do, and whose other arrays no more
     digits, as the rival has them; made where it stays."""
-
-    def make() -> Decoder:
-        model = build(config, seed)
-        graph, state = nnx.split(model)
-        paths = dict(nnx.to_flat_state(state))
-        cast = {
-            path: leaf.replace(jax.lax.reduce_precision(leaf[...], digits.nexp, digits.nmant).astype(
-                leaf.dtype if importers.is_float32("/".join(map(str, path))) else dtype
-            ))
-            for path, leaf in paths.items()
-        }
-        return nnx.merge(graph, nnx.from_flat_state(cast))
-
     dtype = jnp.dtype(config.compute_dtype)
     digits = jnp.finfo(dtype)
+
+    def rounded(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
+        value = jax.lax.reduce_precision(leaf[...], digits.nexp, digits.nmant)
+        return leaf.replace(value if importers.is_float32("/".join(map(str, path))) else value.astype(dtype))
+
+    def make() -> Decoder:
+        graph, state = nnx.split(build(config, seed))
+        paths = {path: rounded(path, leaf) for path, leaf in nnx.to_flat_state(state)}
+        return nnx.merge(graph, nnx.from_flat_state(paths))
+
     return jax.jit(make)()
 
 
@@ -223,8 +220,7 @@ def command(values: flags.FlagValues) -> int:
     wrong = [b for b in values.batches if not b.isdigit() or int(b) < 1]
     if wrong or not values.batches:
         raise ConfigError(f"--batches={','.join(values.batches)}: whole numbers of 1 or more, with commas")
-    if not Path(values.output).absolute().parent.is_dir():
-        raise ConfigError(f"--output={values.output}: there is no folder {Path(values.output).parent}; make it first")
+    session.check_output(values.output)
     config = session.read_config(values.config)
     if config.model.vocab_size == 0:
         raise ConfigError("model.vocab_size=0: set it, there is no tokenizer here")

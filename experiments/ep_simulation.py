@@ -335,8 +335,8 @@ def times_of(values: flags.FlagValues) -> Times:
 def command(values: flags.FlagValues) -> int:
     if unknown := [name for name in values.models if name not in MODELS]:
         raise ConfigError(f"--models={unknown[0]}: choose among {', '.join(MODELS)}")
-    if values.output and not Path(values.output).absolute().parent.is_dir():
-        raise ConfigError(f"--output={values.output}: there is no folder {Path(values.output).parent}; make it first")
+    if values.output:
+        session.check_output(values.output)
     times = times_of(values)
     outcomes = [o for name in values.models for o in simulate(name, times, values.placements, values.spare)]
     print(render(outcomes), flush=True)

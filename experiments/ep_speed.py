@@ -22,6 +22,7 @@ and combine is of the kernels' time in a profile of the devices; without device 
 import dataclasses
 import gzip
 import math
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,8 @@ SCOPES = {
 }  # fmt: skip
 """Named scopes of ``moejax.moe``, the inner ones first, with the part of a layer that they are."""
 KINDS = ("uniform", "dirichlet5")
+TRANSPORT_VARIABLES = ("NCCL_P2P_DISABLE",)
+"""Environment variables that change how devices reach one another: a row says which were set."""
 MARKS = 128
 FITS = 64
 """Factors that fit are multiples of 1 / FITS."""
@@ -386,14 +389,17 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
 def command(values: flags.FlagValues) -> int:
     if not values.output:
         raise ConfigError("--output is needed: the results file to append to")
+    session.check_output(values.output)
     devices = jax.devices()[: values.devices or None]
     check_flags(values, len(devices))
     setting = Setting(values.experts, values.k, values.dim, values.expert_dim, values.tokens, values.repeats,
                       values.target_ms)  # fmt: skip
     mesh = sharding.make_mesh(MeshConfig(data=1, expert=len(devices)), devices)
     facts = environment_facts()
+    told = {name: os.environ[name] for name in TRANSPORT_VARIABLES if name in os.environ}
     shared: dict[str, Any] = {
-        "kind": "value", "paper": PAPER, "table": TABLE, "command": session.command_line(),
+        "kind": "value", "paper": PAPER, "table": TABLE,
+        "command": " ".join([*(f"{name}={value}" for name, value in told.items()), session.command_line()]),
         **{name: facts[name] for name in ("commit", "dirty", "device", "device_count", "versions")},
     }  # fmt: skip
 
@@ -406,6 +412,9 @@ def command(values: flags.FlagValues) -> int:
             yield from layer_rows(setting, mesh, wanted, shared, Path(values.profile) if values.profile else None)
 
     for row in measured():
+        if told:
+            names = ", ".join(f"{name}={value}" for name, value in told.items())
+            row = dataclasses.replace(row, row=f"{row.row}, {names}")
         append_rows(Path(values.output), [row])  # each at once: a limit of time then loses one row
         shown = row.extra.get("not_run") if row.value is None else f"{row.value:.3f} {row.unit}"
         session.say(f"{row.row:44s} {row.metric:36s} {shown}")

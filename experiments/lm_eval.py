@@ -151,9 +151,8 @@ def command(values: flags.FlagValues) -> int:
         raise ConfigError("--checkpoint is missing: give the workdir of a run, e.g. --checkpoint=runs/quickstart")
     if not values.tasks:
         raise ConfigError("--tasks is missing: name lm-eval's tasks, e.g. --tasks=lambada_openai,arc_easy")
-    if values.output and not Path(values.output).absolute().parent.is_dir():
-        folder = Path(values.output).parent
-        raise ConfigError(f"--output={values.output}: there is no folder {folder}; make it first")
+    if values.output:
+        session.check_output(values.output)
     if values.include_path and not Path(values.include_path).is_dir():
         raise ConfigError(f"--include_path={values.include_path}: there is no such folder")
     manager = task_manager(values.tasks, values.include_path)

@@ -24,6 +24,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -228,13 +229,13 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
 def command(values: flags.FlagValues) -> int:
     if not values.output:
         raise ConfigError("--output is needed: the results file to append to")
-    if not Path(values.output).absolute().parent.is_dir():
-        raise ConfigError(f"--output={values.output}: there is no folder {Path(values.output).parent}; make it first")
+    session.check_output(values.output)
     if values.scratch and not Path(values.scratch).is_dir():
         raise ConfigError(f"--scratch={values.scratch}: there is no such folder; make it first")
     if not Path("/proc/self/status").is_file():
         raise ConfigError("memory is read from /proc, which this system does not have: run it on Linux")
     meshes = {mesh: parse_mesh(mesh, MeshConfig(data=1)) for mesh in values.mesh}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the checkpoint is removed
     measure(values, {mesh: m.data * m.expert * m.model for mesh, m in meshes.items()}, session.say)
     return 0
 

@@ -228,8 +228,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
 def command(values: flags.FlagValues) -> int:
     if not values.bundle or not values.output:
         raise ConfigError("--bundle and --output are needed: a folder of golden models, and the results file")
-    if not Path(values.output).absolute().parent.is_dir():
-        raise ConfigError(f"--output={values.output}: there is no folder {Path(values.output).parent}; make it first")
+    session.check_output(values.output)
     paths = [path for path in sorted(Path(values.bundle).glob("*.zip")) if values.only in path.stem]
     if not paths:
         which = f" whose name contains {values.only!r}" if values.only else ""

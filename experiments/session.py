@@ -321,6 +321,15 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
+def check_output(output: str) -> None:
+    """Raises ConfigError where a file at ``output`` could not be written, before anything is measured."""
+    path = Path(output).absolute()
+    if path.is_dir():
+        raise ConfigError(f"--output={output}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output={output}: there is no folder {Path(output).parent}; make it first")
+
+
 def command_line() -> str:
     """The command as typed: the module, then its arguments, without the cache's place, which changes no result."""
     module = Path(sys.argv[0]).stem

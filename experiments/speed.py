@@ -195,6 +195,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
 def command(values: flags.FlagValues) -> int:
     if values.config is None or not values.output:
         raise ConfigError("--config and --output are needed: a config file, and the results file to append to")
+    session.check_output(values.output)
     config = session.read_config(values.config)
     if config.model.vocab_size == 0:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=values.vocab_size))

@@ -280,6 +280,7 @@ CASES = (
     Case("olmoe", "base", fused=True),
     Case("olmoe", "renormalised", {"norm_topk_prob": True}),
     Case("olmoe", "grouped_query", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    Case("olmoe", "clipped", {"clip_qkv": 0.7, "num_key_value_heads": 2}),
     Case("olmoe", "bias", {"attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     Case("qwen2_moe", "base", fused=True),
     Case("qwen2_moe", "renormalised", {"norm_topk_prob": True, "tie_word_embeddings": True}),

@@ -86,8 +86,8 @@ def test_a_profile_is_split_by_named_scopes():
     parts = ep_speed.parts_of_program(PROGRAM)
     assert parts == {"dot.1": "route", "sort.2": "permute", "all-to-all.3": "communicate", "fusion.4": "experts",
                      "add.5": "combine"}  # fmt: skip
-    events = [("dot_1", 1.0), ("sort_2", 2.0), ("ncclDevKernel_SendRecv(int)", 9.0), ("anonymous_mosaic_gpu_kernel", 4.0),
-              ("fusion_4", 4.0), ("add_5", 5.0), ("MemcpyD2D", 7.0)]  # fmt: skip
+    events = [("dot_1", 1.0), ("sort_2", 2.0), ("ncclDevKernel_SendRecv(int)", 9.0), ("fusion_4", 4.0),
+              ("anonymous_mosaic_gpu_kernel", 4.0), ("add_5", 5.0), ("MemcpyD2D", 7.0)]  # fmt: skip
     assert ep_speed.split_of_events(events, parts) == {
         "route": 1.0, "permute": 2.0, "communicate": 9.0, "experts": 8.0, "combine": 5.0, "other": 7.0,
     }  # fmt: skip
@@ -109,3 +109,16 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys, arguments: l
     assert run(tmp_path / "rows.jsonl", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_the_page_shows_the_committed_rows():
+    root = Path(__file__).parent.parent
+    page = (root / "docs/expert_parallelism.md").read_text(encoding="utf-8")
+    rows = read_rows(root / "experiments/results/expert_parallelism_h200x2.jsonl")
+    value = {(row.row, row.metric): row.value for row in rows}
+    for label in ("padded, {}64 MiB", "padded, {}256 MiB", "padded, {}64 MiB, NCCL_P2P_DISABLE=1", "ragged, {}64 MiB"):
+        name = label.format("uniform, fits, ")
+        shares = [value[name, f"share of plain all-to-all/{what}"] for what in ("transfer", "packed", "send")]
+        assert "| " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |" in page
+    for label in ("padded, fit", "padded, 0", "chunked 2, fit", "local, weights gathered"):
+        assert f"{value[f'layer, {label}', 'milliseconds/forward']:.2f} ms" in page

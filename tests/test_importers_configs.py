@@ -50,6 +50,8 @@ def test_olmoe() -> None:
     assert config.attention.bias and config.attention.output_bias
     assert config.moe.router == RouterConfig(name="topk_of_softmax", k=8, renormalise=True)
     assert not read(published("OLMoE-1B-7B-0924")).moe.router.renormalise
+    clipped = read(published("OLMoE-1B-7B-0924", clip_qkv=8))
+    assert clipped.attention.clip_qkv == 8.0 and config_json.write_config(clipped, "olmoe", None)["clip_qkv"] == 8.0
 
 
 def test_qwen2_moe() -> None:
@@ -160,7 +162,7 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("mixtral", {"num_experts": 9}, ("num_local_experts=8", "num_experts=9", "one setting")),
     ("mixtral", {"num_key_value_heads": ...}, ("no num_key_value_heads",)),
     ("mixtral", {"hidden_size": 4097}, ("hidden_size=4097", "not a multiple")),
-    ("olmoe", {"clip_qkv": 8.0}, ("clip_qkv=8.0", "moejax/attention.py")),
+    ("olmoe", {"clip_qkv": 0.0}, ("clip_qkv=0.0", "above 0", "null")),
     ("olmoe", {"head_dim": 64}, ("head_dim=64", "128")),
     ("olmoe", {"norm_topk_prob": True, "num_experts_per_tok": 1}, ("num_experts_per_tok=1",)),
     ("qwen2_moe", {"use_sliding_window": True}, ("use_sliding_window=True", "layer_types")),

@@ -4,6 +4,7 @@ Their logits: tests/test_parity.py.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_import_after_export_is_equal(name: str, tmp_path: Path) -> None:
     """And every tensor goes out under the name, and with the bits, that it came in with."""
     source = unpack(name, tmp_path / "source")
     model = importers.load(source, dtype="float32")
-    assert importers.write(model, model.config, tmp_path / "out") == golden(name).facts["family"]
+    assert importers.write(model, model.config, tmp_path / "out", source=source) == golden(name).facts["family"]
     again = importers.load(tmp_path / "out", dtype="float32")
     assert_equal(again, model)
     assert again.config == model.config
@@ -95,6 +96,9 @@ def test_import_after_export_is_equal(name: str, tmp_path: Path) -> None:
     assert given.keys() == written.keys()
     for tensor, value in given.items():
         np.testing.assert_array_equal(written[tensor], value.astype(np.float32), err_msg=tensor)
+    raws = [json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out")]
+    there, out = (raw.get("max_position_embeddings", raw.get("max_seq_len")) for raw in raws)
+    assert out == there == 128
 
 
 def test_every_family_has_a_published_config() -> None:
@@ -129,9 +133,12 @@ REFUSED = {
     "two lengths": (PHI, {"original_max_position_embeddings": 8192}, "original_max_position_embeddings=8192"),
     "no scale": (PHI, {"rope_scaling": {**PHI["rope_scaling"], "long_mscale": None}}, "has no long_mscale"),
     "no factors": (PHI, {"rope_scaling": {**PHI["rope_scaling"], "long_factor": 2.0}}, "long_factor=2.0 .*a list"),
+    "another scaling": (PHI, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling=.*longrope alone"),
     "another key": (PHI, {"qk_norm": True}, "keys are not known for phimoe: qk_norm=True"),
     "tied": (DBRX, {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
     "two thetas": (DBRX, {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta=500000.0, and transformers 5 takes"),
+    "no bound": (DBRX, nested("attn_config", clip_qkv=None), "attn_config: clip_qkv=None .*transformers 5 fails"),
+    "a bound of 0": (DBRX, nested("attn_config", clip_qkv=0), "attn_config: clip_qkv=0 .*must be above 0"),
     "two groups": (DBRX, {"num_key_value_heads": 4}, "num_key_value_heads=4 .*kv_n_heads=8"),
     "norm of weights": (DBRX, nested("ffn_config", moe_normalize_expert_weights=2.0), "moe_normalize_expert_weights=2"),
     "activation": (DBRX, nested("ffn_config", ffn_act_fn={"name": "gelu"}), "ffn_act_fn=.*only silu"),
@@ -160,6 +167,8 @@ def test_keys_that_say_a_model() -> None:
     plain = read(SCOUT, attn_temperature_tuning=False, use_qk_norm=False, no_rope_layer_interval=1)
     assert plain.attention.temperature == 0 and not plain.attention.qk_unit_norm
     assert plain.attention.no_rope_layers == tuple(range(48)) and plain.attention.window == 0
+    # transformers 4 makes masks of both kinds, whatever the layers
+    assert config_json.write_config(plain, "llama4_text", None)["attention_chunk_size"] == 8192
     mixed = read(SCOUT, interleave_moe_layer_step=2)
     assert mixed.moe.every == 2 and mixed.ffn_dim == 16384
     assert read(SCOUT, moe_layers=[0, 5]).moe.dense_layers == tuple(i for i in range(48) if i not in (0, 5))

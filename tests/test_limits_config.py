@@ -53,6 +53,7 @@ def test_every_limit_has_a_name_and_its_options_are_read():
         ("token_drop:facter=1", "'facter=1' is no option of token_drop"),
         ("token_drop:factor=1,factor=2", "'factor=2' is no option of token_drop, or stands twice"),
         ("token_drop:factor=high", "factor=high: must be a number"),
+        ("token_drop:factor=1_5", "factor=1_5: must be a number"),
         ("token_drop:factor=-1", "factor=-1.0: a capacity factor is a multiple"),
         ("token_drop:factor=1/-1", "factor=-1.0"),
         ("token_drop:factor=1,order=last", "order=last: must be one of score, order, reverse, random"),

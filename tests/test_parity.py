@@ -231,6 +231,7 @@ FLIPS: list[tuple[str, dict[str, Any]]] = [
     ("dbrx-base", {"norm": "rms"}),
     ("dbrx-base", {"norm_eps": 1e-2}),
     ("dbrx-base", {"attention.clip_qkv": 0.0}),
+    ("olmoe-clipped", {"attention.clip_qkv": 0.0}),
     ("dbrx-base", {"moe.router.renormalise": False}),
     ("dbrx-plain_weights", {"moe.router.renormalise": True}),
     ("llama4_text-base", {"moe.weigh": "output"}),

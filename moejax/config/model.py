@@ -161,8 +161,8 @@ class AttentionConfig:
     qk_unit_norm: bool = later(False)
     """RMS norm without a scale over each query and key head after rotation, in layers that rotate (Llama 4)."""
     clip_qkv: float = later(0.0)
-    """Queries, keys and values are clipped to [-clip_qkv, clip_qkv] after bias and QK-norm, before rotation (DBRX).
-    0: not."""
+    """Queries, keys and values are clipped to [-clip_qkv, clip_qkv] after bias and QK-norm, before rotation (DBRX,
+    OLMoE). 0: not."""
     score_softcap: float = later(0.0)
     """Soft cap of the scaled scores, ``c * tanh(s / c)`` (Grok-1: 30). 0: none."""
     softmax_scale: float = later(0.0)

@@ -202,7 +202,7 @@ def _olmoe(c: ModelConfig) -> dict[str, Any]:
     return {
         **_experts(c, "num_experts", "intermediate_size"),
         "attention_bias": c.attention.bias,
-        "clip_qkv": None,
+        "clip_qkv": c.attention.clip_qkv or None,
         "norm_topk_prob": _renormalises(c),
     }
 

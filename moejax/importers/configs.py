@@ -162,10 +162,12 @@ def _mixtral(k: Keys) -> ModelConfig:
 
 
 def _olmoe(k: Keys) -> ModelConfig:
-    k.only("clip_qkv", (None,), "clipped queries, keys and values in moejax/attention.py")
     k.only("sliding_window", (None,), "windows, which published OLMoE models do not have")
     bias = k.get("attention_bias", bool, False)
-    attention = _grouped(k, 1e4, head_dim=False, qk_norm=True, qk_norm_over="projection", bias=bias, output_bias=bias)
+    attention = _grouped(
+        k, 1e4, head_dim=False, qk_norm=True, qk_norm_over="projection", bias=bias, output_bias=bias,
+        clip_qkv=later_families.clip(k),
+    )  # fmt: skip
     moe = MoEConfig(
         num_experts=k.get("num_experts num_local_experts", int),
         expert_dim=k.get("intermediate_size", int),

@@ -20,6 +20,14 @@ def _whole(k: Keys, hidden: str, heads: str) -> tuple[int, int, int]:
     return size, number, size // number
 
 
+def clip(k: Keys) -> float:
+    """``clip_qkv``; 0 where there is none."""
+    bound = k.get("clip_qkv", float, None)
+    if bound is not None and not bound > 0:
+        raise k.refuse("clip_qkv", "it must be above 0; for no clipping write null")
+    return bound or 0.0
+
+
 def dbrx(k: Keys) -> ModelConfig:
     """The two nested groups hold what other families write beside each other; what they hold is read as strictly."""
     parts = {}
@@ -48,10 +56,12 @@ def dbrx(k: Keys) -> ModelConfig:
     groups = a.get("kv_n_heads", int)
     if k.get("num_key_value_heads", int, groups) != groups:
         raise k.refuse("num_key_value_heads", f"attn_config says kv_n_heads={groups}")
+    bound = clip(a)
+    if not bound:
+        raise a.refuse("clip_qkv", "transformers 5 fails without a bound; for no clipping write one beyond reach")
     attention = AttentionConfig(
-        num_heads=heads, num_kv_heads=groups, head_dim=width, rope_theta=theta, rope=rope,
-        clip_qkv=a.get("clip_qkv", float, 0.0) or 0.0,
-    )  # fmt: skip
+        num_heads=heads, num_kv_heads=groups, head_dim=width, rope_theta=theta, rope=rope, clip_qkv=bound
+    )
     moe = MoEConfig(
         num_experts=f.get("moe_num_experts", int),
         expert_dim=f.get("ffn_hidden_size", int),
@@ -119,6 +129,9 @@ def phimoe(k: Keys) -> ModelConfig:
     if window is not None:
         raise k.refuse("sliding_window", "transformers 4 and 5 differ where it is below max_position_embeddings")
     base, rope = read_rope(k, 1e6, longrope=True)
+    if rope.scaling not in ("none", "longrope"):
+        name = "rope_parameters" if k.raw.get("rope_parameters") else "rope_scaling"
+        raise k.refuse(name, "of this family transformers takes longrope alone, with short_mscale and long_mscale")
     bias = k.get("attention_bias", bool, False)
     length = k.get("original_max_position_embeddings", int, rope.original_length)
     if rope.scaling == "longrope" and length != rope.original_length:
@@ -235,7 +248,7 @@ def write_llama4_text(c: ModelConfig) -> dict[str, Any]:
         "attention_bias": a.bias,
         "use_qk_norm": a.qk_unit_norm,
         "no_rope_layers": [int(i not in a.no_rope_layers) for i in range(c.num_layers)],
-        "attention_chunk_size": a.window or None,
+        "attention_chunk_size": a.window or 8192,  # transformers 4 wants a size where no layer has chunks too
         "layer_types": ["chunked_attention" if flag else "full_attention" for flag in chunked],
         "attn_temperature_tuning": bool(a.temperature),
         "attn_scale": a.temperature,

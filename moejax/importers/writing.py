@@ -58,7 +58,8 @@ def write(
         raise ConfigError("export runs in one process: start it without --distributed, on a checkpoint")
     params, config = _without_scale(dict(params), config)
     carried = files.read_json(source / "config.json") if source else {}
-    raw = write_config(config, family, context or carried.get("max_position_embeddings"))
+    length = carried.get("max_position_embeddings", carried.get("max_seq_len"))  # DBRX's name of it
+    raw = write_config(config, family, context or length)
     raw |= {
         key: carried[key] for key in CARRIED if key in carried and (key != "max_position_embeddings" or not context)
     }

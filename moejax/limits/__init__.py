@@ -79,5 +79,6 @@ def apply(limits: tuple, routing: Routing, ctx: RouteContext) -> Routing:
         routing = limit(routing, ctx)
     if not limits or not routing.zero_experts:
         return routing
-    width = free.shape[1]  # a limit may have appended columns
-    return dataclasses.replace(routing, valid=routing.valid.at[:, :width].set(routing.valid[:, :width] | free))
+    appended = routing.valid.shape[1] - free.shape[1]
+    # Padded, not set into a slice: XLA's CPU compiler crashes on the latter under shard_map (JAX 0.11.2).
+    return dataclasses.replace(routing, valid=routing.valid | jnp.pad(free, ((0, 0), (0, appended))))

@@ -206,6 +206,8 @@ def _value(kind: Any, text: str, where: str) -> Any:
 
 
 def _number(text: str, kind: type) -> Any:
+    if "_" in text:  # Python reads 1_5 as 15
+        return None
     try:
         return kind(text)
     except ValueError:
