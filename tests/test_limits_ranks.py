@@ -34,3 +34,14 @@ def test_virtual_ranks_decide_as_real_ones_do(name: str, monkeypatch: pytest.Mon
         virtual = ranks.on((1, 1, 1), fakes.small_layer(virtual_ranks=4), (LIMITS[name],))
     ranks.assert_same_decisions(virtual, real)
     assert float(real[0][1].dropped) > 0
+
+
+@pytest.mark.slow  # fast: tests/test_limits_reference.py, zero-computation experts on one device
+def test_zero_computation_experts_compile_on_real_ranks():
+    """XLA crashed, and the process with it, where ``limits.apply`` gave their pairs back by setting a slice."""
+    limit = (limits.token_drop(0.75),)
+    with quick_compilation():
+        real = ranks.on((1, 2, 1), fakes.small_layer(dispatcher="ep", zero_experts=2), limit)
+        virtual = ranks.on((1, 1, 1), fakes.small_layer(virtual_ranks=2, zero_experts=2), limit)
+    ranks.assert_same_decisions(virtual, real)
+    assert float(real[0][1].dropped) > 0
