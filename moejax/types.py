@@ -189,7 +189,8 @@ class MoEMetrics:
     dropped: Float[Array, ""]
     """Router pairs that a limit removed."""
     added: Float[Array, ""]
-    """Pairs computed that the router had not made (reroute, expansion)."""
+    """Pairs that a limit added to the router's (reroute, expansion), those that then overflowed among them:
+    ``routed - dropped + added - overflow = computed``."""
     overflow: Float[Array, ""]
     """Pairs lost because a static buffer was too small. Zero in every published row."""
     lost_tokens: Float[Array, ""]

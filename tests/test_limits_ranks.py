@@ -36,7 +36,6 @@ def test_virtual_ranks_decide_as_real_ones_do(name: str, monkeypatch: pytest.Mon
     assert float(real[0][1].dropped) > 0
 
 
-@pytest.mark.slow  # fast: tests/test_limits_reference.py, zero-computation experts on one device
 def test_zero_computation_experts_compile_on_real_ranks():
     """XLA crashed, and the process with it, where ``limits.apply`` gave their pairs back by setting a slice."""
     limit = (limits.token_drop(0.75),)

@@ -20,7 +20,8 @@ Scope = Literal["rank", "fair", "request"]
 
 SLACK = 5e-7
 """Factor and mean are rounded to float32 (and XLA divides by a constant through its reciprocal): without the slack,
-1.3 x 170 or (n/k) x (t k / n) lands just below its integer and one pair too many goes."""
+1.3 x 170 or (n/k) x (t k / n) lands just below its integer and one pair too many goes. Its price: a capacity of some
+thousands that lies within 5e-7 of the next integer from below is taken for that one, so that one pair more stays."""
 
 
 def option(default: Any, *, static: bool = True) -> Any:

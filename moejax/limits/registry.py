@@ -259,9 +259,10 @@ def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal
             raise ConfigError(
                 f"{name}: ranks={ranks} does not divide moe.num_experts={config.num_experts}: choose one of {divisors}"
             )
-        if isinstance(limit, ExpertDrop) and limit.unit == "experts" and float(limit.amount) >= config.num_experts:
+        whole = config.num_experts if isinstance(limit, ExpertDrop) and limit.unit == "experts" else 1
+        if isinstance(limit, ExpertDrop) and float(limit.amount) >= whole:
             raise ConfigError(
-                f"{name}: experts={float(limit.amount):g} of moe.num_experts={config.num_experts} leaves none"
+                f"{name}: {limit.unit}={float(limit.amount):g} of moe.num_experts={config.num_experts} leaves none"
             )
 
 
