@@ -219,3 +219,8 @@ def test_the_papers_own_bar_is_the_default_baseline():
     none = ep_simulation.simulate("olmoe", times, 20)[0]
     rows = none.busiest * 8 * ep_simulation.rows_of_mean(ep_simulation.MODELS["olmoe"])
     assert times.layer(ep_simulation.MODELS["olmoe"], rows) == pytest.approx(6.9e-3)
+
+
+def test_the_quickstart_makes_table_1_alone():
+    """The others take longer than all the rest of it."""
+    assert [load("configs.quickstart", name).table.tables for name in ("full", "short")] == [("1",)] * 2
