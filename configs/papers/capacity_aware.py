@@ -21,7 +21,7 @@ Commands::
     python -m experiments.run --config=configs/papers/capacity_aware.py:h100 --workdir=runs/ca100
     --config.data.root=DATA
 
-``:tiny``   1.9 M parameters (16 experts, top-4), built-in corpus; 2 CPU cores, about 15 minutes.
+``:tiny``   1.9 M parameters (16 experts, top-4), built-in corpus; 2 CPU cores, about 8 minutes.
 ``:h100``   about 100 M parameters (64 experts, top-8) on six domains of text; one H100, under 480 s with compilation.
             DATA holds ``{train,valid,test}/<domain>.txt.xz`` and ``tokenizer/bpe8192.json``. All five tables take
             longer than Table 1: a table that is done is not made again, so ``--config.table.tables="('1','sweep')"``
