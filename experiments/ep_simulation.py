@@ -28,6 +28,7 @@ from absl import flags
 
 from experiments import session
 from moejax.config import ConfigError
+from moejax.replication import rank_loads, replicate
 from moejax.results import ResultRow, append_rows, environment_facts
 
 BREAKDOWN = {"gate": 0.55e-3, "experts": 4.15e-3, "exchange": 2.2e-3}
@@ -95,49 +96,24 @@ def loads_of(experts: int, skew: float) -> np.ndarray:
 # --- rows of each rank, in units of an expert's mean load -----------------------------------------
 
 
-def by_rank(loads: np.ndarray, ranks: int) -> np.ndarray:
-    return loads.reshape(ranks, -1).sum(axis=1)
-
-
 def token_drop(loads: np.ndarray, ranks: int, factor: float) -> np.ndarray:
-    return by_rank(np.minimum(loads, factor), ranks)
+    return rank_loads(np.minimum(loads, factor), ranks)
 
 
 def expanded_drop(loads: np.ndarray, ranks: int, factor: float, most: float) -> np.ndarray:
     """A rank's own tokens fill its experts to capacity, other ranks' are dropped as in Token Drop. ``most``: an
     expert's load if every token chose it, n/k."""
     own, others = min(factor, most), np.minimum(loads, factor)
-    return by_rank(own / ranks + others * (ranks - 1) / ranks, ranks)
+    return rank_loads(own / ranks + others * (ranks - 1) / ranks, ranks)
 
 
 def device_budget(loads: np.ndarray, ranks: int, factor: float) -> np.ndarray:
-    return np.minimum(by_rank(loads, ranks), factor * len(loads) / ranks)
+    return np.minimum(rank_loads(loads, ranks), factor * len(loads) / ranks)
 
 
 def measured_budget(loads: np.ndarray, ranks: int) -> np.ndarray:
-    rows = by_rank(loads, ranks)
+    rows = rank_loads(loads, ranks)
     return np.minimum(rows, np.sort(rows)[-2])
-
-
-def replicated(loads: np.ndarray, ranks: int, spare: int) -> np.ndarray:
-    """Exact: each rank has ``spare`` more slots; the busiest experts (by load of each copy) are copied into them, and
-    copies, largest first, go to the rank with the least rows that has a slot left and not the same expert."""
-    copies = np.ones(len(loads), int)
-    for _ in range(spare * ranks):
-        copies[np.argmax(np.where(copies < ranks, loads / copies, -1))] += 1
-    rows, held = np.zeros(ranks), [set() for _ in range(ranks)]
-    slots = len(loads) // ranks + spare
-    for expert in sorted(range(len(loads)), key=lambda e: -loads[e] / copies[e]):
-        for _ in range(copies[expert]):
-            free = [r for r in range(ranks) if len(held[r]) < slots and expert not in held[r]]
-            if not free:  # only ranks that hold it have room: its other copies take the share over
-                for r in (r for r in range(ranks) if expert in held[r]):
-                    rows[r] += loads[expert] / copies[expert] / sum(expert in h for h in held)
-                continue
-            target = min(free, key=lambda r: rows[r])
-            held[target].add(expert)
-            rows[target] += loads[expert] / copies[expert]
-    return rows
 
 
 # --- times --------------------------------------------------------------------------------------------------------
@@ -201,7 +177,7 @@ def placements(model: Model, count: int, seed: int = 0) -> list[np.ndarray]:
 def default_times(count: int) -> Times:
     """The paper's bar of OLMoE without a limit, spread over the rows that its busiest rank has here."""
     model = MODELS["olmoe"]
-    rows = rows_of_mean(model) * np.mean([by_rank(loads, model.ranks).max() for loads in placements(model, count)])
+    rows = rows_of_mean(model) * np.mean([rank_loads(loads, model.ranks).max() for loads in placements(model, count)])
     per_row = BREAKDOWN["experts"] / rows
     return Times(BREAKDOWN["gate"], BREAKDOWN["exchange"] / rows, lambda load: per_row * load)
 
@@ -232,7 +208,7 @@ def simulate(name: str, times: Times, count: int, spare: int = 1) -> list[Outcom
     def mean_time(rows: list[np.ndarray]) -> float:
         return float(np.mean([times.layer(model, r.max() * unit) for r in rows]))
 
-    base = [by_rank(loads, model.ranks) for loads in every]
+    base = [rank_loads(loads, model.ranks) for loads in every]
 
     def outcome(arm: str, factor: float | None, rows: list[np.ndarray], dropped: float = 0.0) -> Outcome:
         published = model.layer[arm][FACTORS.index(factor)] if factor in FACTORS and arm in model.layer else None
@@ -252,7 +228,7 @@ def simulate(name: str, times: Times, count: int, spare: int = 1) -> list[Outcom
     measured = [measured_budget(n, model.ranks) for n in every]
     made.append(outcome("measured budget", None, measured, lost(measured)))
     made.append(outcome(f"replication, {spare} spare slot a rank", None,
-                        [replicated(n, model.ranks, spare) for n in every]))  # fmt: skip
+                        [rank_loads(n, model.ranks, replicate(n, model.ranks, spare)) for n in every]))  # fmt: skip
     fewer = model.k - 1
     made.append(outcome(f"top-{fewer} of {model.k}", None, [r * fewer / model.k for r in base], 1 / model.k))
     return made

@@ -153,8 +153,7 @@ def _outputs(values: flags.FlagValues) -> list[Path]:
         default = beside.with_name(f"{beside.stem}.mtp{beside.suffix}")
         outputs["mtp_output"] = Path(values.mtp_output) if values.mtp_output else default
     for name, path in outputs.items():
-        if not path.absolute().parent.is_dir():
-            raise ConfigError(f"--{name}={path}: there is no folder {path.parent}; make it first")
+        session.check_output(path, name)
     if len({path.absolute() for path in outputs.values()}) < len(outputs):
         raise ConfigError(f"--mtp_output={values.mtp_output} is --output too: name another file")
     return list(outputs.values())

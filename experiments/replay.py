@@ -175,8 +175,7 @@ def command(values: flags.FlagValues) -> int:
         raise ConfigError("--trace is missing: see python -m experiments.replay --help")
     output = Path(values.output) if values.output else None
     if output is not None:
-        if not output.absolute().parent.is_dir():
-            raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
+        session.check_output(output)
         if output.resolve() == Path(values.trace).resolve():
             raise ConfigError(f"--output={output} is the trace itself: name another file")
     if values.policy and values.policy not in replay.POLICIES:

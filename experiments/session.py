@@ -321,13 +321,13 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
-def check_output(output: str) -> None:
+def check_output(output: str | Path, flag: str = "output") -> None:
     """Raises ConfigError where a file at ``output`` could not be written, before anything is measured."""
     path = Path(output).absolute()
     if path.is_dir():
-        raise ConfigError(f"--output={output}: is a folder; name a file in it")
+        raise ConfigError(f"--{flag}={output}: is a folder; name a file in it")
     if not path.parent.is_dir():
-        raise ConfigError(f"--output={output}: there is no folder {Path(output).parent}; make it first")
+        raise ConfigError(f"--{flag}={output}: there is no folder {Path(output).parent}; make it first")
 
 
 def command_line() -> str:

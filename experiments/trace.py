@@ -182,8 +182,7 @@ def command(values: flags.FlagValues) -> int:
         if not values[name].value:
             raise ConfigError(f"--{name} is missing: see python -m experiments.trace --help")
     output = Path(values.output)
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
+    session.check_output(output)
     if jax.process_count() > 1:
         raise ConfigError("experiments.trace records on one process: a file of several would hold parts of each batch")
     model, config, meta = open_model(values.checkpoint)

@@ -14,6 +14,7 @@ from experiments import capacity_settings as settings
 from experiments import ep_simulation, session
 from experiments.papers import capacity_aware
 from moejax.config import ConfigError, ExperimentConfig
+from moejax.replication import rank_loads, replicate
 from moejax.report import build_report
 from moejax.results import append_rows, environment_facts, read_rows
 from tests.small import execute, load
@@ -168,7 +169,7 @@ def test_loads_have_the_skew_that_was_observed():
 
 def test_rows_of_each_rank():
     loads = np.asarray([4.0, 1.0, 0.5, 0.5, 1.0, 0.5, 0.3, 0.2])
-    rank = ep_simulation.by_rank(loads, 4)
+    rank = rank_loads(loads, 4)
     np.testing.assert_allclose(ep_simulation.token_drop(loads, 4, 1.5), [2.5, 1.0, 1.5, 0.5])
     np.testing.assert_allclose(ep_simulation.token_drop(loads, 4, 9), rank)
     wide = ep_simulation.expanded_drop(
@@ -178,7 +179,7 @@ def test_rows_of_each_rank():
     np.testing.assert_allclose(ep_simulation.device_budget(loads, 4, 1.0), [2, 1, 1.5, 0.5])
     np.testing.assert_allclose(ep_simulation.measured_budget(loads, 4), [1.5, 1, 1.5, 0.5])
     for spare in (1, 2, 3):
-        copied = ep_simulation.replicated(loads, 4, spare)
+        copied = rank_loads(loads, 4, replicate(loads, 4, spare))
         assert copied.sum() == pytest.approx(loads.sum()) and copied.max() < rank.max()  # exact: no pair is lost
 
 

@@ -328,7 +328,7 @@ def _abstract(leaf: Any, dtype: Any) -> Any:
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
-    return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 @functools.cache
