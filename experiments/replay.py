@@ -25,7 +25,7 @@ from absl import flags
 from experiments import session
 from moejax import replay, trace
 from moejax.config import ConfigError, ExperimentConfig, MoEConfig
-from moejax.moe import config_limits
+from moejax.limits import of_config
 
 
 def numbers(values: flags.FlagValues, name: str, kind: type) -> list[Any]:
@@ -62,7 +62,7 @@ def sweep(moe: MoEConfig, factors: list[float], orders: list[str], texts: Sequen
 
 
 def name_of(moe: MoEConfig) -> str:
-    described = trace.describe_limits(config_limits(moe))
+    described = trace.describe_limits(of_config(moe))
     limits = [" ".join([limit.pop("name"), *(f"{k}={v}" for k, v in limit.items())]) for limit in described]
     return f"router {moe.router.name} k={moe.router.k}, " + ("; ".join(limits) or "no limit")
 

@@ -26,9 +26,8 @@ from moejax import sharding, trace, validate
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig
 from moejax.data import Batch, Corpus, eval_batches, load_corpus
 from moejax.interrupt import Interrupt
-from moejax.limits import DropOrder
+from moejax.limits import DropOrder, of_config
 from moejax.model import Decoder
-from moejax.moe import config_limits
 from moejax.pretrained import open_model
 from moejax.train import TrainState, split
 
@@ -123,7 +122,7 @@ def record(
     """
     mesh = mesh_of(config)
     ranks = sharding.token_shards(mesh) * config.model.moe.virtual_ranks
-    in_force = config_limits(config.model.moe)
+    in_force = of_config(config.model.moe)
     graph, state = nnx.split(model)
     state = jax.device_put(state, sharding.tree_shardings(state, mesh))
     run = trace.record_fn(graph, mesh)
@@ -213,7 +212,7 @@ def command(values: flags.FlagValues) -> int:
     session.say(
         f"{output}: {writer.chunks} batches, {writer.tokens:,} tokens, {bytes_written / 2**20:,.1f} MiB "
         f"({math.ceil(bytes_written / max(writer.tokens, 1)):,} bytes a token), step {meta['step']}, "
-        f"limits {trace.describe_limits(config_limits(config.model.moe)) or 'none'}"
+        f"limits {trace.describe_limits(of_config(config.model.moe)) or 'none'}"
     )
     if writer.ended != "all":
         why = {"max_bytes": f"the next batch would exceed --max_bytes={values.max_bytes:,}", "interrupted": "Ctrl-C"}

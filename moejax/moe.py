@@ -80,7 +80,7 @@ class MoELayer(nnx.Module):
           ctx: per-token leaves are ``[B, S]`` here; they are flattened inside.
           extra_limits: limits instead of the config's own; None takes the config's.
         """
-        chosen = config_limits(self.config) if extra_limits is None else extra_limits
+        chosen = limits.of_config(self.config) if extra_limits is None else extra_limits
         in_force, transforms = chosen, self.transforms
         config, router, fam = self.config, self.router.config, self.router.family
         zero_experts, weigh_input = config.zero_experts, config.weigh == "input"
@@ -195,11 +195,6 @@ class MoELayer(nnx.Module):
 def shared_width(config: MoEConfig) -> int:
     """Hidden width of the shared experts' FFN; 0 without shared experts."""
     return config.shared_dim or config.shared_experts * config.expert_dim
-
-
-def config_limits(config: MoEConfig) -> tuple[Limit, ...]:
-    """The limits that ``config`` puts in force; none where it is dropless."""
-    return limits.of_config(config)
 
 
 def _key_data(key: PRNGKeyArray | None) -> Array | None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from moejax import limits, routing
 from moejax.config import ConfigError, MoEConfig, RouterConfig
 from moejax.metrics import load_summary
-from moejax.moe import config_limits, summarise
+from moejax.moe import summarise
 from moejax.trace import Chunk, Trace
 from moejax.types import Limit, MoEMetrics, RouteContext, Routing
 
@@ -76,7 +76,7 @@ def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
             f"ranks={ranks} is not a multiple of the {spread} ranks that model.moe.virtual_ranks (or expert "
             f"parallelism) spreads the experts over: choose one, e.g. {spread}"
         )
-    in_force = config_limits(moe)
+    in_force = limits.of_config(moe)
     limits.check(in_force, moe, len(trace.layers), causal=routing.FAMILIES[moe.router.name].causal)
     if ranks != trace.ranks and any(getattr(limit, "order", None) == "random" for limit in in_force):
         raise ConfigError(

@@ -8,8 +8,8 @@ import numpy as np
 
 from moejax import trace
 from moejax.config import MeshConfig, RouterConfig
+from moejax.limits import of_config
 from moejax.model import Decoder
-from moejax.moe import config_limits
 from moejax.sharding import make_mesh, put_batch, token_shards
 from moejax.types import MoEMetrics
 from tests import moe_fakes as fakes
@@ -55,7 +55,7 @@ def record(
         )  # fmt: skip
         return out.routing, out.metrics
 
-    in_force = config_limits(model.config.moe) if limits is None else limits
+    in_force = of_config(model.config.moe) if limits is None else limits
     meta = trace.header(
         small_config(model.config), in_force, ranks=token_shards(mesh), batch_shape=SHAPE, seed=0, **settings
     )
