@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     config.model.moe.expert_bias = False
     config.model.moe.weigh = "output"  # output | input: what the gate weight multiplies
     config.model.moe.zero_experts = 0  # experts that return their input, beside num_experts
+    config.model.moe.parts = 1  # parts of each expert, stored and dispatched apart (docs/dualsparse.md)
     config.model.moe.capacity_factor = 0.0  # 0: dropless
     config.model.moe.capacity_order = "score"  # score | order | reverse | random
     config.model.moe.capacity_limits = ()  # any limits instead, ("expanded_drop:factor=1.5",): docs/limits.md
@@ -119,6 +120,7 @@ def get_config() -> ConfigDict:
     config.model.moe.router.groups = 1  # group-limited top-k: groups of consecutive experts ...
     config.model.moe.router.groups_kept = 1  # ... of which each token takes so many
     config.model.moe.router.group_score = "max"  # max | top2_sum
+    config.model.moe.router.copies = 1  # consecutive experts that are parts of one (docs/dualsparse.md)
     config.model.moe.router.mask_margin = 0.01  # sparsemixer: how much worse a rival may be, halved
 
     config.data = ConfigDict()

@@ -35,6 +35,10 @@ class RouterConfig:
     """... and a token chooses among the experts of its best ``groups_kept`` groups only (DeepSeek-V2 and V3)."""
     group_score: Literal["max", "top2_sum"] = later("max")
     """A group's score: its best expert (DeepSeek-V2), or the sum of its two best with their selection bias (V3)."""
+    copies: int = later(1)
+    """Experts whose ids are consecutive and that are the parts of one original (the complete transformation of
+    DualSparse-MoE): the router's columns of one original start equal, and as long as they are, its parts are chosen
+    together."""
     mask_margin: float = later(0.01)
     """SparseMixer: a logit further below the largest than twice this share of ``max(|logit|, largest)`` takes no part
     in the softmax (PhiMoE's ``router_jitter_noise``, which also acts in evaluation)."""
@@ -67,6 +71,10 @@ class MoEConfig:
     zero_experts: int = later(0)
     """Zero-computation experts (LongCat): ids from ``num_experts`` on return their input; the router chooses among
     all."""
+    parts: int = later(1)
+    """Each routed expert is stored and dispatched as this many experts of width ``expert_dim / parts``, whose outputs add
+    up to its own (the partial transformation of DualSparse-MoE, 2508.18376): the router knows ``num_experts``, EP may
+    have ``num_experts * parts`` ranks."""
     capacity_factor: float = 0.0
     """Limit of each expert's load as a multiple of the mean, also during training. 0: dropless."""
     capacity_order: Literal["score", "order", "reverse", "random"] = "score"
