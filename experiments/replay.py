@@ -142,6 +142,12 @@ def render(name: str, rows: list[dict[str, Any]]) -> str:
             f"{lost:>18s}"
             f"   {f'{mean0:.2f} -> {mean1:.2f}':>14s}   {f'{cv0:.2f} -> {cv1:.2f}':>14s}   {f'{dead0} -> {dead1}':>9s}"
         )
+    if any(row["skipped"] for row in rows):
+        total = rows[-1]
+        lines.append(
+            f"of the kept pairs' work {share(total['skipped'], total['routed'])} of all is skipped: drop rate "
+            f"{(total['dropped'] + total['skipped']) / max(total['routed'], 1):.2%}"
+        )
     return "\n".join(lines)
 
 

@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import kernels_pallas as kernels
+from kernels_pallas.grouped_matmul import groups
+from moejax.partition import split
 from moejax.sharding import ArraySpec, create
 from moejax.types import Activation, ExpertWeights, Routing
 
@@ -50,7 +52,11 @@ class ExpertStore(Protocol):
 
 
 class DeviceStore(nnx.Module):
-    """All experts on the device: nothing to prefetch."""
+    """All experts on the device: nothing to prefetch.
+
+    With ``parts`` P the arrays are those of ``num_experts * P`` experts of width ``expert_dim / P``, id ``e P + p``
+    (:func:`moejax.partition.split`): what a seed gives computes the same for every P.
+    """
 
     def __init__(
         self,
@@ -61,10 +67,14 @@ class DeviceStore(nnx.Module):
         key: PRNGKeyArray,
         scale: float,
         bias: bool = False,
+        parts: int = 1,
     ) -> None:
         specs = expert_specs(num_experts, dim, expert_dim, activation, bias)
         keys = jax.random.split(key, len(specs))
         made = {n: create(s, k, scale) for (n, s), k in zip(sorted(specs.items()), keys, strict=True)}
+        if parts > 1:
+            cut = split(ExpertWeights(**{name: variable[...] for name, variable in made.items()}), parts)
+            made = {name: variable.replace(getattr(cut, name)) for name, variable in made.items()}
         self.up, self.down, self.gate = made["up"], made["down"], made.get("gate")
         self.up_bias, self.gate_bias, self.down_bias = (made.get(f"{n}_bias") for n in ("up", "gate", "down"))
 
@@ -80,17 +90,26 @@ class DeviceStore(nnx.Module):
 
 def grouped_ffn(
     xs: Float[Array, "P D"],
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, "G"],
     weights: ExpertWeights,
     activation: Activation,
     implementation: str = "auto",
+    extents: tuple[int, ...] | None = None,
 ) -> Float[Array, "P D"]:
     """Applies expert ``e``'s FFN to its rows (seam 5). Weights are cast to the type of ``xs``; accumulation is float32.
+
+    With ``extents`` each expert has as many groups of rows, which compute so many of its leading neurons each, and get
+    as large a share of its down bias (as in a sub-expert of so many neurons).
 
     Rows past ``sum(group_sizes)`` come out undefined.
     """
     weights = jax.tree.map(lambda w: w.astype(xs.dtype), weights)
-    return kernels.grouped_ffn(
+    num_experts, width, dim = weights.down.shape
+    by_group, down_bias = None, weights.down_bias
+    if extents is not None:
+        by_group = jnp.tile(jnp.asarray(extents, jnp.int32), num_experts)
+        down_bias = None
+    ys = kernels.grouped_ffn(
         xs,
         group_sizes,
         weights.gate,
@@ -99,9 +118,14 @@ def grouped_ffn(
         activation=activation,
         gate_bias=weights.gate_bias,
         up_bias=weights.up_bias,
-        down_bias=weights.down_bias,
+        down_bias=down_bias,
+        extents=by_group,
         implementation=None if implementation == "auto" else implementation,
     )
+    if extents is None or weights.down_bias is None:
+        return ys
+    share = jnp.asarray(extents, xs.dtype) / width
+    return groups.add_bias(ys, (weights.down_bias[:, None] * share[:, None]).reshape(-1, dim), group_sizes)
 
 
 class DenseFFN(nnx.Module):

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from moejax.limits import for_layer, of_config, vary_by_layer
 from moejax.mtp import Predictions, make_modules, predict
 from moejax.norm import make_norm
 from moejax.sharding import ArraySpec, create
-from moejax.types import LayerReport, Limit, MoEMetrics, RouteContext, RoutingRecord, TokenClass, pytree
+from moejax.types import LayerReport, Limit, MoEMetrics, NeuronSums, RouteContext, RoutingRecord, TokenClass, pytree
 
 
 @pytree
@@ -38,6 +38,8 @@ class ModelOutput:
     """Each MoE layer's Routing, ``[L_moe, G, ...]``, where ``record`` asked for it."""
     further: Predictions | None = None
     """Of the multi-token-prediction modules, where ``mtp`` asked for it; ``metrics`` are the main model's alone."""
+    neurons: NeuronSums | None = None
+    """Of each MoE layer, ``[L_moe, E, F]``, where ``neurons`` asked for them."""
 
 
 @pytree
@@ -217,10 +219,11 @@ class Decoder(nnx.Module):
         limits: tuple[Limit, ...] | None = None,
         token_class: TokenClass | None = None,
         train: bool = False,
-        record: bool = False,
+        record: bool | Literal["inputs"] = False,
         at: Int[Array, "B"] | None = None,
         prompt: Int[Array, "B"] | None = None,
         mtp: bool = False,
+        neurons: bool = False,
     ) -> ModelOutput:
         """Logits of the next token at every place, or at one place of each row.
 
@@ -235,11 +238,13 @@ class Decoder(nnx.Module):
           limits: transforms of every layer's Routing instead of the config's own; None takes those.
           token_class: a class of each token, ``[B, S]``: loads are also summed by class (``metrics.by_class``).
           train: switches on router noise and jitter.
-          record: also returns each layer's Routing before and after limits (``docs/traces.md``).
+          record: also returns each layer's Routing before and after limits (``docs/traces.md``); "inputs": and what the
+            layer's router and experts read.
           at: the only place of each row whose logits are wanted (``[B, 1, V]``); those of a long prompt are large.
           prompt: length of each row's prompt, in place of ``mask``: what follows is padding, and the cache begins anew
             with it. Attention is over these tokens alone, by a fused core where there is one.
           mtp: also runs the multi-token-prediction modules on these tokens (``further``). Not with a cache or ``at``.
+          neurons: also returns what the neurons of each layer's experts did (``moejax.importance``).
         """
         config = self.config
         batch, seq = tokens.shape
@@ -258,6 +263,7 @@ class Decoder(nnx.Module):
         ctx = RouteContext(
             key=key, mask=mask, token_ids=tokens, positions=attention.positions,
             request_ids=requests(segment_ids, tokens), token_class=token_class, train=train, record=record,
+            neurons=neurons,
         )  # fmt: skip
         x = self._embedded(tokens)
         facts = layer_facts(config)
@@ -292,7 +298,7 @@ class Decoder(nnx.Module):
         report = _stack_layers(collected)
         if report is None:
             return ModelOutput(logits=logits, metrics=None, cache=cache, further=further)
-        return ModelOutput(logits, report.metrics, cache, report.record, further)
+        return ModelOutput(logits, report.metrics, cache, report.record, further, report.neurons)
 
     def _embedded(self, tokens: Int[Array, "B S"]) -> Array:
         scale = math.sqrt(self.config.dim) if self.config.scale_embeddings else 1.0

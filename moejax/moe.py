@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moejax import dispatch, experts, limits, routing
+from moejax import dispatch, experts, limits, neurons, partition, routing
 from moejax.config import MoEConfig
 from moejax.partition import ExpertTransform
 from moejax.sharding import ArraySpec, create
@@ -60,7 +60,7 @@ class MoELayer(nnx.Module):
         self.activation: Activation = activation
         self.router = Router(config, dim, keys[0], scale)
         self.store = experts.DeviceStore(
-            config.num_experts, dim, config.expert_dim, activation, keys[1], scale, config.expert_bias
+            config.num_experts, dim, config.expert_dim, activation, keys[1], scale, config.expert_bias, config.parts
         )
         self.transforms: tuple[ExpertTransform, ...] = ()
         width = shared_width(config)
@@ -92,7 +92,7 @@ class MoELayer(nnx.Module):
             weights, in_force, transforms, key, loads = whole
             x = z.reshape(-1, z.shape[-1])
             flat = jax.tree.map(lambda leaf: leaf.reshape(-1), tokens)
-            flat = dataclasses.replace(flat, key=key, loads=loads)
+            flat = dataclasses.replace(flat, key=key, loads=loads, expert_dim=config.expert_dim)
 
             def on_rank(x: Array, mine: RouteContext) -> tuple[Routing, Routing]:
                 with jax.named_scope("route"):
@@ -102,23 +102,32 @@ class MoELayer(nnx.Module):
 
             ranks = dispatch.expert_ranks() if dispatcher.split_experts else 1
             made, kept, seen = dispatch.decide(on_rank, x, flat, config.num_experts, ranks=ranks, virtual_ranks=virtual)
-            record = RoutingRecord(made, kept, _key_data(seen.key)) if flat.record else None
+            inputs = x if flat.record == "inputs" and virtual == 1 else None
+            record = RoutingRecord(made, kept, _key_data(seen.key), inputs) if flat.record else None
             if virtual > 1:
                 made, kept = dispatch.merged(made), dispatch.merged(kept)
             for transform in transforms:
                 kept = transform.remap(kept)
+            how = partition.parting(kept, config.expert_dim, config.parts)
+            table = partition.prepared(kept, how)
             with jax.named_scope("dispatch"):
-                xs, plan = dispatcher.send(x, kept, weigh=weigh_input)
+                xs, plan = dispatcher.send(x, table, weigh=weigh_input)
+            overflow, sent = dispatcher.overflow(plan), dispatcher.sent(table, plan)
+            if table is not kept:
+                sent, overflow = partition.merged_pairs(kept, sent, how)
             flight = InFlight(
                 xs=xs,
                 plan=plan,
-                weight=jnp.ones_like(kept.weight) if weigh_input else kept.weight,
-                metrics=summarise(made, kept, flat, dispatcher.overflow(plan), dispatcher.sent(kept, plan)),
+                weight=jnp.ones_like(table.weight) if weigh_input else table.weight,
+                metrics=summarise(made, kept, flat, overflow, sent, how.skipped),
                 record=record,
-                unchanged=dispatch.unchanged(x, kept),
+                unchanged=dispatch.unchanged(x, table),
                 num_tokens=x.shape[0],
+                neurons=flat.neurons,
+                split=how.split,
+                extents=how.extents,
             )
-            return flight, kept
+            return flight, table
 
         whole = (self.router.weights(), in_force, transforms, ctx.key, ctx.loads)
         flight, kept = dispatch.per_shard(on_shard, (z, tokens), whole)
@@ -132,6 +141,7 @@ class MoELayer(nnx.Module):
         weights = self.store.get()
         for transform in self.transforms:
             weights = transform.weights(weights)
+        weights = partition.split(weights, flight.split)
         activation, implementation = self.activation, self.config.implementation
         if self.config.dispatcher == "dense":
             implementation = "ref"
@@ -139,7 +149,7 @@ class MoELayer(nnx.Module):
 
         def on_shard(xs: Any, group_sizes: Any, weights: ExpertWeights) -> Any:
             def ffn(rows: Array, sizes: Array) -> Array:
-                return experts.grouped_ffn(rows[0], sizes[0], weights, activation, implementation)
+                return experts.grouped_ffn(rows[0], sizes[0], weights, activation, implementation, flight.extents)
 
             with jax.named_scope("experts"):
                 return jax.tree.map(ffn, xs, group_sizes)
@@ -187,9 +197,10 @@ class MoELayer(nnx.Module):
 
     def complete(self, flight: InFlight, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], LayerReport]:
         """What is left to do after ``begin(x, ...)``, at once: ``compute``, ``finish`` and the shared experts."""
+        did = neurons.of_layer(flight, self.store.get(), self.activation, self.config) if flight.neurons else None
         y, metrics = self.finish(self.compute(flight), x.shape)
         shared = self.shared_output(x)
-        return (y if shared is None else y + shared), LayerReport(metrics, flight.record)
+        return (y if shared is None else y + shared), LayerReport(metrics, flight.record, did)
 
 
 def shared_width(config: MoEConfig) -> int:
@@ -202,10 +213,19 @@ def _key_data(key: PRNGKeyArray | None) -> Array | None:
 
 
 def summarise(
-    made: Routing, kept: Routing, ctx: RouteContext, overflow: Array, sent: Routing | None = None
+    made: Routing,
+    kept: Routing,
+    ctx: RouteContext,
+    overflow: Array,
+    sent: Routing | None = None,
+    skipped_share: float = 0.5,
 ) -> MoEMetrics:
-    """What the router made and what is left of it, as sums over this shard's tokens. ``sent``: ``kept`` without the
-    pairs that overflowed a buffer."""
+    """What the router made and what is left of it, as sums over this shard's tokens.
+
+    Args:
+      sent: ``kept`` without the pairs that overflowed a buffer; None: none did.
+      skipped_share: of an expert, what a pair of level 1 leaves out.
+    """
     sent = kept if sent is None else sent
     num_tokens, num_choices = made.probs.shape
     num_experts = num_choices - made.zero_experts
@@ -244,6 +264,7 @@ def summarise(
         by_class=None if ctx.token_class is None else _by_class(made, lost, real, entropy, ctx.token_class),
         zero_routed=pairs[num_experts:] if made.zero_experts else None,
         exceeded=None if kept.exceeded is None else jnp.sum(kept.exceeded),
+        skipped=None if sent.level is None else skipped_share * jnp.sum(sent.valid & (sent.level == 1)),
     )
 
 

@@ -44,6 +44,8 @@ class Setting:
     """Over how many ranks a batch is split; each limits its own tokens."""
     expert_ranks: int = 1
     """Over how many of them the experts are spread, in order of ids; 1: each hosts all."""
+    expert_dim: int = 0
+    """F, of which a limit may leave the major neurons; 0: not known, they count as half."""
 
 
 def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
@@ -89,7 +91,12 @@ def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
     anew = asked != recorded or (ranks != trace.ranks and not routing.FAMILIES[trace.router.name].causal)
     if anew:
         check_router(moe.router, trace)
-    return Setting(in_force, moe.router if anew else None, ranks, spread)
+    if ranks != spread > 1 and any(getattr(limit, "load_aware", "none") != "none" for limit in in_force):
+        raise ConfigError(
+            f"ranks={ranks}: load_aware thresholds follow the loads of one group of {spread} ranks, and these are "
+            f"several: choose ranks={spread}"
+        )
+    return Setting(in_force, moe.router if anew else None, ranks, spread, moe.expert_dim)
 
 
 def check_router(config: RouterConfig, trace: Trace) -> None:
@@ -133,7 +140,7 @@ def _fed(config: RouterConfig) -> RouterConfig:
     return dataclasses.replace(config, bias=False)
 
 
-@functools.partial(jax.jit, static_argnames=("router", "expert_ranks"))
+@functools.partial(jax.jit, static_argnames=("router", "expert_ranks", "expert_dim"))
 def _decide(
     made: Routing,
     key: Array | None,
@@ -142,6 +149,7 @@ def _decide(
     in_force: tuple[Limit, ...],
     router: RouterConfig | None,
     expert_ranks: int,
+    expert_dim: int,
 ) -> tuple[Routing, Routing, MoEMetrics, Array]:
     """``(made, kept, sums over ranks, whether the router's logits are the recorded ones)``, all leading with L."""
 
@@ -155,6 +163,7 @@ def _decide(
             key=None if key is None else jax.random.wrap_key_data(key), mask=tokens["mask"],
             token_ids=tokens["token_ids"], positions=tokens["positions"], request_ids=tokens["requests"],
             local_experts=first + jnp.arange(hosted, dtype=jnp.int32) if expert_ranks > 1 else None,
+            axis_name="rank" if expert_ranks > 1 else None, expert_dim=expert_dim,
         )  # fmt: skip
         fed = made.logits
         if router is not None:
@@ -162,10 +171,11 @@ def _decide(
             made = dataclasses.replace(table, zero_experts=made.zero_experts)
         kept = limits.apply(limits.for_layer(in_force, layer), made, ctx)
         same = jnp.all(made.logits == fed) if router is not None else jnp.bool_(True)
-        return made, kept, summarise(made, kept, ctx, jnp.int32(0)), same
+        skipped = 1 - limits.major_columns(expert_dim, kept.major) / expert_dim if expert_dim else 0.5
+        return made, kept, summarise(made, kept, ctx, jnp.int32(0), skipped_share=skipped), same
 
     layers, ranks = (jnp.arange(n, dtype=jnp.int32) for n in made.probs.shape[:2])
-    on_ranks = jax.vmap(on_rank, in_axes=(0, 0, None, 0, 0, None))
+    on_ranks = jax.vmap(on_rank, in_axes=(0, 0, None, 0, 0, None), axis_name="rank")
     made, kept, sums, same = jax.vmap(on_ranks, in_axes=(0, 0, 0, None, None, 0))(
         made, key, state, tokens, ranks, layers
     )
@@ -191,6 +201,7 @@ def decide(chunk: Chunk, setting: Setting, state: Mapping[str, np.ndarray]) -> t
             setting.limits,
             router=setting.router,
             expert_ranks=setting.expert_ranks,
+            expert_dim=setting.expert_dim,
         )
     )
     if setting.router is not None and not same:
@@ -231,8 +242,8 @@ class Tally:
         self.sums = new if self.sums is None else jax.tree.map(np.add, self.sums, new)
 
     def rows(self, layers: Sequence[int]) -> list[dict[str, Any]]:
-        """A row for each layer and one in total: pairs ``routed`` = ``kept`` + ``dropped``, pairs ``added``,
-        ``tokens``, ``lost`` tokens, and the load before and after limits.
+        """A row for each layer and one in total: pairs ``routed`` = ``kept`` + ``dropped``, pairs ``added``, work
+        ``skipped`` of kept ones in whole pairs, ``tokens``, ``lost`` tokens, and the load before and after limits.
 
         Loads are of the whole trace. In total, ``max_over_mean`` and ``cv`` are those of the worst layer.
         """
@@ -241,11 +252,12 @@ class Tally:
         before, after = load_summary(m), load_summary(dataclasses.replace(m, routed=m.computed))
         rows: list[dict[str, Any]] = [
             {"layer": layer, "routed": m.routed[i].sum(), "kept": m.routed[i].sum() - m.dropped[i],
-             "dropped": m.dropped[i], "added": m.added[i], "tokens": m.tokens[i], "lost": m.lost_tokens[i],
+             "dropped": m.dropped[i], "added": m.added[i],
+             "skipped": 0.0 if m.skipped is None else m.skipped[i], "tokens": m.tokens[i], "lost": m.lost_tokens[i],
              **{name: (before[name][i], after[name][i]) for name in ("max_over_mean", "cv", "dead")}}
             for i, layer in enumerate(layers)
         ]  # fmt: skip
-        counts = ("routed", "kept", "dropped", "added", "tokens", "lost")
+        counts = ("routed", "kept", "dropped", "added", "skipped", "tokens", "lost")
         total: dict[str, Any] = {"layer": "total", **{name: sum(row[name] for row in rows) for name in counts}}
         for name, join in (("max_over_mean", max), ("cv", max), ("dead", sum)):
             total[name] = tuple(join(values) for values in zip(*(row[name] for row in rows), strict=True))

@@ -204,6 +204,8 @@ class TraceWriter:
             arrays["logits"] = made.logits.astype(self.meta["dtype"])
         if made.token is not None:
             arrays["token"] = made.token
+        if kept.level is not None:
+            arrays["level"] = kept.level.astype(np.int8)
         if chunk.key is not None:
             arrays["key"] = chunk.key
         return arrays
@@ -345,7 +347,7 @@ class Trace:
         both: dict[str, Any] = {"probs": probs, "logits": logits, "token": optional("token")}
         both["zero_experts"] = self.meta.get("zero_experts", 0)
         made = Routing(**first, **both, valid=get("made")[..., : self.meta["choices"]])
-        kept = Routing(**whole, **both, valid=get("valid"))
+        kept = Routing(**whole, **both, valid=get("valid"), level=optional("level"))
         return Chunk(made, kept, {name: get(name) for name in TOKEN_ARRAYS}, optional("key"))
 
 

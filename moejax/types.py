@@ -63,6 +63,14 @@ class Routing:
     noise."""
     exceeded: Float[Array, "R"] | None = None
     """Pairs of each row that a limit kept beyond its capacity, because it never drops them; None: no such limit."""
+    level: Int[Array, "R K"] | None = None
+    """0: all neurons of the pair's expert; 1: its ``major`` leading ones only (2T-Drop). None: all are 0."""
+    major: int = static(0)
+    """Major neurons; 0: half of them."""
+    form: Literal["auto", "extent", "split"] = static("auto")
+    """How level 1 is computed (:class:`moejax.limits.ThresholdDrop`)."""
+    groups_per_expert: int = static(1)
+    """Consecutive ids that are groups of one expert's rows, of which a token uses one at most."""
     zero_experts: int = static(0)
     """Zero-computation experts (LongCat): their pairs return the token times the weight. They take no row, no limit
     drops them, and a limit's mean load is that of the other experts."""
@@ -109,11 +117,16 @@ class RouteContext:
     loads: Float[Array, "E"] | None = None
     """Pairs for each expert, over all ranks where a collective has made them."""
     axis_name: str | None = static(None)
-    """Mesh axis of expert parallelism inside ``shard_map``; None on one device."""
+    """Axis over the ranks of expert parallelism, real or virtual, for collectives; None on one rank."""
+    expert_dim: int = static(0)
+    """Hidden width F of a routed expert; 0: not known."""
     train: bool = static(False)
     """Training adds noise and jitter; evaluation does not."""
-    record: bool = static(False)
-    """The layer also hands out its Routing (:class:`RoutingRecord`). False leaves no trace in the program."""
+    record: bool | Literal["inputs"] = static(False)
+    """The layer also hands out its Routing (:class:`RoutingRecord`), with "inputs" what it was given too. False leaves
+    no trace in the program."""
+    neurons: bool = static(False)
+    """The layer also hands out what its experts' neurons did (:class:`NeuronSums`). False leaves no trace."""
 
 
 @pytree
@@ -207,6 +220,9 @@ class MoEMetrics:
     """Sum over tokens of the entropy of the router's normalised probabilities, in nats."""
     exceeded: Float[Array, ""] | None = None
     """Pairs that a limit kept beyond its capacity (``keep_top1``); None where no limit may."""
+    skipped: Float[Array, ""] | None = None
+    """Work of dispatched pairs that is not done, as their experts compute the major neurons only, in whole pairs:
+    ``(dropped + skipped) / routed`` is the drop rate of 2T-Drop. None where no limit halves."""
     by_class: ClassSums | None = None
     """Some of these sums by token class, where the context names classes. They add up to the fields above."""
     zero_routed: Float[Array, "Z"] | None = None
@@ -224,6 +240,20 @@ class RoutingRecord:
     """The pairs after limits, before a transform remaps them."""
     key: Array | None
     """Data of the key that router and limits drew from, uint32 ``[G, n]``; None where nothing could be random."""
+    inputs: Float[Array, "G t D"] | None = None
+    """What router and experts read, where ``record="inputs"`` asks for it; not on virtual ranks."""
+
+
+@pytree
+class NeuronSums:
+    """What the neurons of a layer's experts did, as sums over the pairs of each expert (``moejax.neurons``)."""
+
+    gate: Float[Array, "E F"]
+    gate_abs: Float[Array, "E F"]
+    gate_up: Float[Array, "E F"]
+    gate_up_abs: Float[Array, "E F"]
+    output: Float[Array, "E F"]
+    pairs: Float[Array, "E"]
 
 
 @pytree
@@ -233,6 +263,8 @@ class LayerReport:
     metrics: MoEMetrics
     record: RoutingRecord | None = None
     """Where ``RouteContext.record`` asks for it."""
+    neurons: NeuronSums | None = None
+    """Where ``RouteContext.neurons`` asks for them."""
 
 
 @pytree
@@ -249,6 +281,12 @@ class InFlight:
     unchanged: Float[Array, "T D"] | None = None
     """What the zero-computation experts return, already weighted (float32); None where the layer has none."""
     num_tokens: int = static(0)
+    split: int = static(1)
+    """Parts that the store's experts are split into while they compute (2T-Drop by sub-experts)."""
+    neurons: bool = static(False)
+    """As in :class:`RouteContext`."""
+    extents: tuple[int, ...] | None = static(None)
+    """Leading columns of F that each of an expert's groups of rows computes; None: one group, all."""
 
 
 Limit = Callable[[Routing, RouteContext], Routing]

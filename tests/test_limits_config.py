@@ -24,6 +24,9 @@ EXAMPLES = {
     "expert_drop": "expert_drop:share=0.1",
     "device_budget": "device_budget:factor=1,ranks=4,expanded=true",
     "measured_budget": "measured_budget:ranks=2,seconds_per_row=1e-6/2e-6",
+    "skip_second": "skip_second:beta=0.25/0.5,renormalise=false",
+    "threshold_drop": "threshold_drop:threshold=0.08/0.1,gap=0.01,major=64,load_aware=water,ranks=2",
+    "opportunistic_drop": "opportunistic_drop:keep=2",
 }
 
 

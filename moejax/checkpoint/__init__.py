@@ -17,6 +17,7 @@ from moejax.checkpoint.reading import (
     origin,
     read_all,
     read_meta,
+    score_of,
     steps_in,
     still,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "origin",
     "read_all",
     "read_meta",
+    "score_of",
     "steps_in",
     "still",
 ]

@@ -72,9 +72,9 @@ class MoEConfig:
     """Zero-computation experts (LongCat): ids from ``num_experts`` on return their input; the router chooses among
     all."""
     parts: int = later(1)
-    """Each routed expert is stored and dispatched as this many experts of width ``expert_dim / parts``, whose outputs add
-    up to its own (the partial transformation of DualSparse-MoE, 2508.18376): the router knows ``num_experts``, EP may
-    have ``num_experts * parts`` ranks."""
+    """Each routed expert is stored and dispatched as this many experts of width ``expert_dim / parts``, whose outputs
+    add up to its own (the partial transformation of DualSparse-MoE, 2508.18376): the router knows ``num_experts``, EP
+    may have ``num_experts * parts`` ranks."""
     capacity_factor: float = 0.0
     """Limit of each expert's load as a multiple of the mean, also during training. 0: dropless."""
     capacity_order: Literal["score", "order", "reverse", "random"] = "score"
@@ -97,6 +97,16 @@ class MoEConfig:
     implementation: str = "auto"
     """Back end of the grouped matmul (``kernels_pallas.grouped_matmul``); "auto" picks and is named in the run's
     facts."""
+
+    @property
+    def stored_experts(self) -> int:
+        """Experts as they are stored and dispatched: E P."""
+        return self.num_experts * self.parts
+
+    @property
+    def stored_dim(self) -> int:
+        """Their hidden width, F / P."""
+        return self.expert_dim // self.parts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,7 @@ class ExpertParallel:
         for part in pieces(self.config, x.shape[0]):
             table = routing_of(routing, part)
             tokens = part.stop - part.start
-            experts = table.probs.shape[1] - table.zero_experts
+            experts = (table.probs.shape[1] - table.zero_experts) // table.groups_per_expert
             capacity = buffer_rows(self.config, table.expert.shape, tokens, jax.lax.axis_size(AXIS), experts)
             plan = exchange_plan(table, tokens, capacity)
             buffer = rows.dispatch(x[part], plan.home)

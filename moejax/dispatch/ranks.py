@@ -16,6 +16,9 @@ from moejax.config import ConfigError
 from moejax.dispatch.shards import AXIS, shard_index
 from moejax.types import RouteContext, Routing
 
+VIRTUAL = "virtual_rank"
+"""Axis over virtual ranks, for what limits ask of the other ranks."""
+
 Decide = Callable[[Array, RouteContext], tuple[Routing, Routing]]
 """``(tokens [t, D], their context) -> (what the router made, what limits kept)``, of one rank."""
 
@@ -52,12 +55,12 @@ def decide(
 
     def on_rank(rank: Array, x: Array, tokens: RouteContext) -> tuple[Routing, Routing, RouteContext]:
         mine = dataclasses.replace(tokens, key=ctx.key, loads=ctx.loads)
-        mine = of_rank(mine, first + rank, rank, num_experts // virtual_ranks, None)
+        mine = of_rank(mine, first + rank, rank, num_experts // virtual_ranks, VIRTUAL)
         return *fn(x, mine), mine
 
     tokens = dataclasses.replace(ctx, key=None, loads=None)
     split = jax.tree.map(lambda leaf: leaf.reshape(virtual_ranks, -1, *leaf.shape[1:]), (x, tokens))
-    return jax.vmap(on_rank)(jnp.arange(virtual_ranks), *split)
+    return jax.vmap(on_rank, axis_name=VIRTUAL)(jnp.arange(virtual_ranks), *split)
 
 
 def of_rank(ctx: RouteContext, shard: Array, rank: Array | None, experts: int, axis_name: str | None) -> RouteContext:

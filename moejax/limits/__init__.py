@@ -12,11 +12,13 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from moejax.limits.baselines import EfficientSkip, OpportunisticDrop, score_ratios
 from moejax.limits.budget import DeviceBudget, MeasuredBudget
 from moejax.limits.drop import ExpertDrop, TokenDrop
 from moejax.limits.expand import ExpandedDrop, Reroute
 from moejax.limits.pieces import DropOrder, mean_load, rank_in_expert
 from moejax.limits.registry import (
+    BY_LAYER,
     LIMITS,
     check,
     describe,
@@ -25,21 +27,29 @@ from moejax.limits.registry import (
     expert_drop,
     measured_budget,
     of_config,
+    opportunistic_drop,
     parse,
     reroute,
+    skip_second,
+    threshold_drop,
     token_drop,
 )
+from moejax.limits.threshold import Parting, ThresholdDrop, halving, major_columns, normalised
 from moejax.routing import computing
-from moejax.types import RouteContext, Routing
+from moejax.types import Limit, RouteContext, Routing
 
 __all__ = [
     "LIMITS",
     "DeviceBudget",
     "DropOrder",
+    "EfficientSkip",
     "ExpandedDrop",
     "ExpertDrop",
     "MeasuredBudget",
+    "OpportunisticDrop",
+    "Parting",
     "Reroute",
+    "ThresholdDrop",
     "TokenDrop",
     "apply",
     "check",
@@ -48,28 +58,37 @@ __all__ = [
     "expanded_drop",
     "expert_drop",
     "for_layer",
+    "halving",
+    "major_columns",
     "mean_load",
     "measured_budget",
+    "normalised",
     "of_config",
+    "opportunistic_drop",
     "parse",
     "rank_in_expert",
     "reroute",
+    "score_ratios",
+    "skip_second",
+    "threshold_drop",
     "token_drop",
     "vary_by_layer",
 ]
 
 
 def vary_by_layer(limits: tuple) -> bool:
-    """Whether a limit has a factor for each MoE layer."""
-    return any(jnp.ndim(getattr(limit, "factor", 0.0)) for limit in limits)
+    """Whether a limit has a number for each MoE layer."""
+    return any(jnp.ndim(getattr(limit, name, 0.0)) for limit in limits for name in BY_LAYER)
 
 
 def for_layer(limits: tuple, number: int | Int[Array, ""]) -> tuple:
-    """The limits of one layer, counted among the MoE layers: of factors for each of them, its own."""
-    return tuple(
-        dataclasses.replace(limit, factor=limit.factor[number]) if vary_by_layer((limit,)) else limit
-        for limit in limits
-    )
+    """The limits of one layer, counted among the MoE layers: of numbers for each of them, its own."""
+
+    def its_own(limit: Limit) -> Limit:
+        varying = {name: getattr(limit, name) for name in BY_LAYER if jnp.ndim(getattr(limit, name, 0.0))}
+        return dataclasses.replace(limit, **{n: v[number] for n, v in varying.items()}) if varying else limit  # ty: ignore
+
+    return tuple(map(its_own, limits))
 
 
 def apply(limits: tuple, routing: Routing, ctx: RouteContext) -> Routing:

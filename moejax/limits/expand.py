@@ -156,6 +156,7 @@ def with_pairs(
     return dataclasses.replace(
         routing, expert=joined(routing.expert, expert), weight=joined(routing.weight, weight),
         score=joined(routing.score, score), valid=joined(routing.valid, valid),
+        level=None if routing.level is None else joined(routing.level, jnp.zeros_like(expert)),
     )  # fmt: skip
 
 

@@ -12,14 +12,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moejax.config import ConfigError, MoEConfig
+from moejax.limits.baselines import EfficientSkip, OpportunisticDrop
 from moejax.limits.budget import DeviceBudget, MeasuredBudget
 from moejax.limits.drop import ExpertDrop, TokenDrop
 from moejax.limits.expand import AddedWeight, ExpandedDrop, Priority, Reroute
 from moejax.limits.pieces import DropOrder, Rounding, Scope
+from moejax.limits.threshold import Form, LoadAware, ThresholdDrop, halving
 from moejax.types import Limit
 
 Factor = float | tuple[float, ...]
 """One capacity factor, or one for each MoE layer."""
+
+BY_LAYER = ("factor", "threshold", "beta")
+"""Fields of limits that are one number, or one for each MoE layer."""
 
 # --- from plain values ----------------------------------------------------------------------------
 
@@ -130,6 +135,52 @@ def measured_budget(
     return MeasuredBudget(times, _ranks(ranks), renormalise)
 
 
+def threshold_drop(
+    threshold: Factor,
+    *,
+    gap: float | None = None,
+    major: int = 0,
+    form: Form = "auto",
+    load_aware: LoadAware = "none",
+    ranks: int = 0,
+) -> ThresholdDrop:
+    """A :class:`ThresholdDrop` from plain values.
+
+    Raises:
+      ConfigError: a threshold or gap outside [0, 1), major neurons below 0 or without a gap, ranks without load_aware.
+    """
+    for value in threshold if isinstance(threshold, tuple) else (threshold,):
+        if not 0 <= value < 1:
+            raise ConfigError(f"threshold={value}: a share of a token's scores, at least 0 and below 1")
+    if gap is not None and not 0 <= gap < 1:
+        raise ConfigError(f"gap={gap}: half the distance of the two thresholds, at least 0 and below 1")
+    if major < 0 or (gap is None and (major or form != "auto")):
+        raise ConfigError(f"major={major}, form={form!r}: of 2T-Drop; give a gap with them, and a number of neurons")
+    if ranks and load_aware == "none":
+        raise ConfigError(
+            f"ranks={ranks}: devices of load_aware='paper' or 'water'; choose one, or leave ranks out"
+        )
+    return ThresholdDrop(
+        jnp.asarray(threshold, jnp.float32), None if gap is None else jnp.float32(gap), major, form, load_aware,
+        _ranks(ranks),
+    )  # fmt: skip
+
+
+def skip_second(beta: Factor, *, renormalise: bool = True) -> EfficientSkip:
+    """An :class:`EfficientSkip` from plain values; raises ConfigError for a beta outside [0, 1]."""
+    for value in beta if isinstance(beta, tuple) else (beta,):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"beta={value}: a share of the token's best score, from 0 (skips none) to 1")
+    return EfficientSkip(jnp.asarray(beta, jnp.float32), renormalise)
+
+
+def opportunistic_drop(*, keep: int, renormalise: bool = False) -> OpportunisticDrop:
+    """An :class:`OpportunisticDrop` from plain values; raises ConfigError for less than one pair."""
+    if keep < 1:
+        raise ConfigError(f"keep={keep}: pairs of each token that always stay, 1 or more")
+    return OpportunisticDrop(jnp.int32(keep), renormalise)
+
+
 def _factor(factor: Factor) -> Float[Array, "..."]:
     values = factor if isinstance(factor, tuple) else (factor,)
     for value in values:
@@ -147,10 +198,14 @@ def _ranks(ranks: int) -> int:
 LIMITS: dict[str, Callable[..., Limit]] = {
     "token_drop": token_drop, "expanded_drop": expanded_drop, "reroute": reroute, "expert_drop": expert_drop,
     "device_budget": device_budget, "measured_budget": measured_budget,
+    "threshold_drop": threshold_drop, "skip_second": skip_second, "opportunistic_drop": opportunistic_drop,
 }  # fmt: skip
 """Every limit by the name that configs and flags give it."""
 
 # --- from text ------------------------------------------------------------------------------------
+
+EXAMPLES = {"threshold": 0.08, "beta": 0.4, "keep": 2}
+"""Values that an error message suggests, where 1.5 will not do."""
 
 
 def parse(text: str) -> Limit:
@@ -178,7 +233,8 @@ def parse(text: str) -> Limit:
         given[key] = _value(options[key].annotation, value, f"limit {text!r}: {part}")
     missing = [key for key, p in options.items() if p.default is inspect.Parameter.empty and key not in given]
     if missing:
-        raise ConfigError(f"limit {text!r}: {name} needs {', '.join(missing)}, e.g. {name}:{missing[0]}=1.5")
+        example = f"{name}:{missing[0]}={EXAMPLES.get(missing[0], 1.5)}"
+        raise ConfigError(f"limit {text!r}: {name} needs {', '.join(missing)}, e.g. {example}")
     try:
         return LIMITS[name](**given)
     except ConfigError as error:
@@ -246,11 +302,19 @@ def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal
                 f"{name} adds experts to tokens, and the rows of router.name={config.router.name!r} are pairs: choose "
                 "another router, or a limit that only drops"
             )
-        factor = getattr(limit, "factor", None)
-        if factor is not None and jnp.ndim(factor) and factor.shape[0] != num_layers:
+        if isinstance(limit, EfficientSkip | OpportunisticDrop) and not causal:
             raise ConfigError(
-                f"{name}: {factor.shape[0]} factors for {num_layers} MoE layers; give one for each, or one"
+                f"{name} compares the pairs of a token, and the rows of router.name={config.router.name!r} are pairs: "
+                "choose another router, or another limit"
             )
+        for field in BY_LAYER:
+            values = getattr(limit, field, None)
+            if values is not None and jnp.ndim(values) and values.shape[0] != num_layers:
+                raise ConfigError(
+                    f"{name}: {values.shape[0]} {field}s for {num_layers} MoE layers; give one for each, or one"
+                )
+        if isinstance(limit, ThresholdDrop) and limit.gap is not None:
+            halving(config.expert_dim, limit.major, limit.form, config.parts)
         if getattr(limit, "drop_first", None) is not None:
             raise ConfigError(f"{name}: drop_first needs a modality of each token, which language models do not have")
         ranks = getattr(limit, "ranks", 0)

@@ -3,6 +3,7 @@
 Letters: E experts, P parts of each, F expert hidden, D model, R routing rows, K choices per row.
 """
 
+from moejax.partition.levels import by_level, merged_pairs, parting, prepared, split, spread
 from moejax.partition.transform import ExpertTransform, Identity
 
-__all__ = ["ExpertTransform", "Identity"]
+__all__ = ["ExpertTransform", "Identity", "by_level", "merged_pairs", "parting", "prepared", "split", "spread"]

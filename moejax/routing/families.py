@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.config import RouterConfig
-from moejax.routing.pieces import in_best_groups, noise_key, router_logits, token_mask
+from moejax.routing.pieces import in_best_groups, noise_key, project, router_logits, token_mask
 from moejax.routing.registry import RouterWeights, linear_router, register
 from moejax.sharding import ArraySpec
 from moejax.types import RouteContext, Routing
@@ -40,7 +40,7 @@ def _table(
     )
 
 
-@register("topk_of_softmax", settings=("bias", "groups"))
+@register("topk_of_softmax", settings=("bias", "groups"), copied="divide")
 def topk_of_softmax(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Top-k of the softmax over all experts (GShard, OLMoE, Qwen, DeepSeek-V2; survey section 2).
 
@@ -62,6 +62,7 @@ def topk_of_softmax(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext,
     "use 'topk_of_softmax' or 'switch'",
     settings=("bias",),
     sums_to_one=True,
+    copied="divide",
 )
 def softmax_of_topk(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Softmax over the top-k logits (Shazeer 2017 without noise, Mixtral, gpt-oss; survey section 2). Weights sum to 1.
@@ -73,7 +74,14 @@ def softmax_of_topk(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext,
     return _table(expert, jax.nn.softmax(top), jax.nn.softmax(logits), logits, ctx, config)
 
 
-@register("switch", max_k=1, why_k="Switch is top-1: set router.k=1", settings=("bias",))
+@register(
+    "switch",
+    max_k=1,
+    why_k="Switch is top-1: set router.k=1",
+    settings=("bias",),
+    copied="divide",
+    wider="topk_of_softmax",
+)
 def switch(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Switch Transformer top-1 (2101.03961, eq. 2): ``y = p_i f_i(x)``, never renormalised; jitter in training."""
     logits = router_logits(x, w, ctx, config)
@@ -86,7 +94,7 @@ def _noisy_arrays(dim: int, experts: int) -> dict[str, ArraySpec]:
     return linear_router(dim, experts) | {"noise": ArraySpec((dim, experts), ("embed", "router"), init="zeros")}
 
 
-@register("noisy_topk", arrays=_noisy_arrays, noisy=True, settings=("bias",), sums_to_one=True)
+@register("noisy_topk", arrays=_noisy_arrays, noisy=True, settings=("bias",), sums_to_one=True, copied="divide")
 def noisy_topk(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Noisy top-k (Shazeer 2017, eqs. 3-5): ``H = x W + N(0,1) softplus(x W_noise)``; weights are softmax over the
     top-k.
@@ -99,9 +107,11 @@ def noisy_topk(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, conf
     noisy, load_prob = logits, None
     num_experts = logits.shape[-1]
     if ctx.train:
-        noise = jnp.dot(x.astype(jnp.float32), w["noise"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        sigma = jax.nn.softplus(noise) + 1e-2  # his code adds it: the ratio below stays finite
-        noisy = logits + jax.random.normal(noise_key(ctx, 1), logits.shape) * sigma
+        sigma = jax.nn.softplus(project(x, w["noise"], config)) + 1e-2  # his code adds it: the ratio below stays finite
+        draw = jax.random.normal(noise_key(ctx, 1), (logits.shape[0], num_experts // config.copies))
+        if config.copies > 1:  # one draw for all copies of an expert
+            draw = jnp.repeat(draw, config.copies, axis=1)
+        noisy = logits + draw * sigma
         if config.k < num_experts:
             top = jax.lax.top_k(noisy, config.k + 1)[0]
             chosen = noisy > top[:, config.k, None]
@@ -148,6 +158,7 @@ def update_towards_even_share(
     arrays=_arrays_with_selection_bias,
     update=update_selection_bias,
     settings=("bias", "groups"),
+    copied="keep",
 )
 def sigmoid_bias(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Sigmoid scores with a selection bias (DeepSeek-V3): choose the top-k of ``s + b``; the weights never see ``b``.
@@ -165,6 +176,7 @@ def sigmoid_bias(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, co
     arrays=_arrays_with_selection_bias,
     update=update_towards_even_share,
     settings=("bias", "groups"),
+    copied="divide",
 )
 def softmax_bias(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Softmax scores with a selection bias (LongCat-Flash, 2509.01322): as :func:`sigmoid_bias`, with
@@ -184,7 +196,7 @@ def _biased_choice(scores: Array, bias: Array, logits: Array, ctx: RouteContext,
     return _table(expert, weight, scores, logits, ctx, config)
 
 
-@register("topk_of_sigmoid", settings=("bias",))
+@register("topk_of_sigmoid", settings=("bias",), copied="keep")
 def topk_of_sigmoid(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Sigmoid of the top-k logits (Llama 4, whose k is 1): ``s = sigmoid(x W); e = topk(x W); weight = s_e`` or, with
     ``renormalise`` and k > 1, ``s_e / sum(s_e)``. :func:`sigmoid_bias` without its state."""
@@ -231,7 +243,7 @@ def sparsemixer(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, con
     return _table(expert, weight, jax.nn.softmax(logits), logits, ctx, config)
 
 
-@register("expert_choice", causal=False, settings=("bias",))
+@register("expert_choice", causal=False, settings=("bias",), copied="divide")
 def expert_choice(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Expert choice (2202.09368): each expert takes its ``C = ceil(n k / E)`` best tokens, ``n`` the real tokens.
 

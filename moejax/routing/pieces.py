@@ -21,21 +21,53 @@ def router_logits(
     if ctx.train and config.jitter > 0:
         low, high = 1.0 - config.jitter, 1.0 + config.jitter
         x = x * jax.random.uniform(noise_key(ctx, 0), x.shape, jnp.float32, low, high)
-    logits = jnp.dot(x, weights["kernel"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    logits = project(x, weights["kernel"], config)
     return logits + weights["logit_bias"].astype(jnp.float32) if config.bias else logits
+
+
+def project(x: Float[Array, "T D"], kernel: Float[Array, "D E"], config: RouterConfig) -> Float[Array, "T E"]:
+    """``x @ kernel`` in float32 at full precision.
+
+    With ``router.copies`` above 1 a column that equals the first of its run gives that one's numbers, bit for bit: a
+    matmul may sum two equal columns in two orders, and a difference in the last bit could part the copies of one expert
+    at the boundary of the top-k. The gradient is that of each column's own product, so that training can move copies
+    apart.
+    """
+    kernel = kernel.astype(jnp.float32)
+    made = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+    if config.copies == 1:
+        return made
+    runs = jax.lax.stop_gradient(kernel).reshape(kernel.shape[0], -1, config.copies)
+    return _as_first(made, jnp.all(runs == runs[..., :1], axis=0))
+
+
+@jax.custom_jvp
+def _as_first(values: Float[Array, "T E"], equal: Bool[Array, "E/c c"]) -> Float[Array, "T E"]:
+    """Each value, or the first of its run of c where ``equal``; the derivative is that of the identity."""
+    runs = values.reshape(values.shape[0], *equal.shape)
+    return jnp.where(equal, runs[..., :1], runs).reshape(values.shape)
+
+
+@_as_first.defjvp
+def _as_first_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return _as_first(*primals), tangents[0]
 
 
 def in_best_groups(scores: Float[Array, "T E"], config: RouterConfig) -> Float[Array, "T E"]:
     """Group-limited top-k: the scores with -inf for experts outside a token's ``groups_kept`` best groups.
 
     A group's score is that of its best expert (DeepSeek-V2, 2405.04434, section 2.2.2) or the sum of its two best
-    (DeepSeek-V3, 2412.19437, section 2.1.2). -inf and not 0: a score with a selection bias may lie below 0, and a 0
-    would then let an expert of a group that was left out win.
+    (DeepSeek-V3, 2412.19437, section 2.1.2), which with ``router.copies`` are the means of its best and its second run
+    of copies. -inf and not 0: a score with a selection bias may lie below 0, and a 0 would then let an expert of a group
+    that was left out win.
     """
     if config.groups == 1:
         return scores
     by_group = scores.reshape(scores.shape[0], config.groups, -1)
-    best = jax.lax.top_k(by_group, 1 if config.group_score == "max" else 2)[0]
+    best = jax.lax.top_k(by_group, 1 if config.group_score == "max" else 2 * config.copies)[0]
+    if config.group_score == "top2_sum" and config.copies > 1:
+        runs = best.reshape(*best.shape[:-1], 2, config.copies)
+        best = runs[..., 0] + jnp.mean(runs - runs[..., :1], axis=-1)  # the score itself where copies are equal
     _, kept = jax.lax.top_k(jnp.sum(best, axis=-1), config.groups_kept)
     stays = jnp.any(kept[..., None] == jnp.arange(config.groups), axis=1)  # [T, groups]
     return jnp.where(stays[..., None], by_group, -jnp.inf).reshape(scores.shape)

@@ -5,6 +5,7 @@ Letters: T tokens, D model, E experts, K choices per row, R routing rows.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from jaxtyping import Array
 
@@ -43,6 +44,14 @@ class RouterFamily:
     """What it implements of :data:`SETTINGS`; the others are refused when set, never ignored."""
     sums_to_one: bool
     """True: with k > 1 its weights sum to 1 by construction, so that ``renormalise=False`` is refused."""
+    copied: Literal["divide", "keep", "no"]
+    """What becomes of a score where each expert's column stands P times (the complete transformation of DualSparse-MoE,
+    :mod:`moejax.partition.complete`). "divide": each copy has 1/P of it (a softmax over all experts); "keep": each has
+    the whole (a sigmoid). The k P best must be the copies of the k best, and arrays of kind "state" must be added to the
+    scores that choose. "no": something else, so that the transformation is refused."""
+    wider: str
+    """Family that with k above 1 and ``renormalise=False`` does to any number of choices what this one does to
+    ``max_k``; "": none."""
 
 
 FAMILIES: dict[str, RouterFamily] = {}
@@ -65,6 +74,8 @@ def register(
     update: UpdateFn | None = None,
     settings: tuple[str, ...] = (),
     sums_to_one: bool = False,
+    copied: Literal["divide", "keep", "no"] = "no",
+    wider: str = "",
 ) -> Callable[[RouterFn], RouterFn]:
     """Registers a router family under ``name``; the fields are those of :class:`RouterFamily`."""
 
@@ -75,7 +86,7 @@ def register(
         if not made <= SETTINGS.keys():
             raise ValueError(f"router {name!r}: settings={sorted(made)} must be among {sorted(SETTINGS)}")
         FAMILIES[name] = RouterFamily(
-            name, route, arrays, causal, noisy, min_k, max_k, why_k, update, made, sums_to_one
+            name, route, arrays, causal, noisy, min_k, max_k, why_k, update, made, sums_to_one, copied, wider
         )  # fmt: skip
         return route
 
@@ -122,6 +133,7 @@ def family(config: RouterConfig, num_experts: int, *, zero_experts: int = 0, cau
             "the constant 1, so the router gets no gradient"
         )
     _check_groups(config, choices, total)
+    _check_copies(config, num_experts, zero_experts)
     if config.k < fam.min_k or (fam.max_k is not None and config.k > fam.max_k):
         raise ConfigError(f"router.k={config.k} does not fit router.name={config.name!r}: {fam.why_k}")
     if causal_model and not fam.causal and config.noncausal != "allow":
@@ -145,8 +157,23 @@ def _check_groups(config: RouterConfig, choices: int, total: str) -> None:
             f"router.k={config.k} is more than the {kept * size} experts of the groups that router.groups_kept={kept} "
             f"leaves: keep {-(-config.k // size)} groups or more, or lower k"
         )
-    if groups > 1 and config.group_score == "top2_sum" and size < 2:
+    if groups > 1 and config.group_score == "top2_sum" and size < 2 * config.copies:
         raise ConfigError(
             f"router.group_score='top2_sum' with router.groups={groups}: a group of one expert has no two best; choose "
             "'max', or fewer groups"
         )
+
+
+def _check_copies(config: RouterConfig, num_experts: int, zero_experts: int) -> None:
+    if config.copies < 1:
+        raise ConfigError(f"router.copies={config.copies}: must be 1 or more")
+    sizes = {
+        "moe.num_experts": num_experts, "moe.zero_experts": zero_experts, "router.k": config.k,
+        "the experts of a group": (num_experts + zero_experts) // config.groups,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        if size % config.copies:
+            raise ConfigError(
+                f"router.copies={config.copies}: experts with ids next to each other are copies of one, chosen together, "
+                f"so it must divide {name}={size}; set router.copies=1 for experts that are chosen one by one"
+            )

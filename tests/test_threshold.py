@@ -1,0 +1,311 @@
+"""Threshold dropping (DualSparse-MoE, 2508.18376): the rule in loops, its forms in the layer, thresholds by load."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import limits, partition, replay, trace
+from moejax.config import ConfigError, MoEConfig, RouterConfig
+from moejax.limits.threshold import STEPS
+from moejax.moe import MoELayer
+from moejax.sharding import batch_sharding
+from moejax.types import RouteContext
+from tests import moe_fakes as fakes
+from tests import test_virtual_ranks as ranks
+from tests.small import quick_compilation
+
+F = 256
+"""Two blocks of the kernels' extents."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick_compilation():
+        yield
+
+
+# --- the rule -----------------------------------------------------------------------------------------------------
+
+
+def by_loop(table, threshold, gap=None):
+    """``(valid, level)`` after the paper's section 3.2 and 3.4, pair by pair."""
+    valid, level = np.asarray(table.valid).copy(), np.zeros(table.valid.shape, int)
+    score = np.asarray(table.score)
+    token = np.arange(len(valid)) if table.token is None else np.asarray(table.token)
+    lower, upper = (threshold, threshold) if gap is None else (threshold - gap, threshold + gap)
+    for r, k in np.argwhere(np.asarray(table.valid)):
+        whole = sum(score[i, j] for i, j in np.argwhere(np.asarray(table.valid)) if token[i] == token[r])
+        share = score[r, k] / whole if whole > 0 else 0.0
+        if threshold > 0 and lower > 0 and share <= lower:
+            valid[r, k] = False
+        if threshold > 0 and share <= upper:
+            level[r, k] = 1
+    return valid, level if gap is not None else None
+
+
+@pytest.mark.parametrize("gap", [None, 0.0, 0.03, 0.4])
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.26])
+def test_the_rule_in_loops(threshold: float, gap: float | None):
+    rng = np.random.default_rng(3)
+    first = fakes.random_table(rng, 20, 4, 8, drop=0.2, masked=3)
+    zero = dataclasses.replace(first, score=first.score.at[2].set(0.0))  # all scores of a token underflowed
+    pairs = fakes.table(
+        rng.integers(0, 8, (24, 1)), rng.uniform(0.1, 1, (24, 1)), np.ones((24, 1)), rng.random((24, 1)) > 0.2, 8,
+        token=np.r_[np.arange(8), rng.integers(0, 8, 16)],
+    )  # fmt: skip
+    for table in (first, zero, pairs):
+        kept = limits.threshold_drop(threshold, gap=gap)(table, RouteContext())
+        valid, level = by_loop(table, np.float32(threshold), None if gap is None else np.float32(gap))
+        np.testing.assert_array_equal(kept.valid, valid)
+        if gap is None:
+            assert kept.level is None
+        else:
+            np.testing.assert_array_equal(np.where(valid, kept.level, 0), np.where(valid, level, 0))
+        np.testing.assert_array_equal(kept.weight, table.weight)  # nothing is renormalised
+
+
+def test_below_one_over_k_each_token_keeps_a_pair():
+    table = fakes.random_table(np.random.default_rng(0), 200, 4, 16, decimals=1)
+    even = dataclasses.replace(table, score=jnp.full_like(table.score, 0.3))  # the hardest: all equal
+    for each in (table, even):
+        kept = limits.threshold_drop(0.2499)(each, RouteContext())
+        assert np.asarray(kept.valid).any(axis=1).all()
+    assert not np.asarray(limits.threshold_drop(0.2501)(even, RouteContext()).valid).any()
+
+
+# --- the layer ----------------------------------------------------------------------------------------------------
+
+ROUTERS = {
+    "softmax": RouterConfig(k=3, renormalise=False),
+    "sigmoid": RouterConfig(name="sigmoid_bias", k=3, scale=2.5),
+    "expert choice": RouterConfig(name="expert_choice", k=3, noncausal="allow"),
+}
+X = jnp.asarray(np.random.default_rng(5).normal(size=(2, 9, fakes.DIM)), jnp.float32)
+MASK = jnp.asarray(np.arange(9)[None] < np.asarray([[9], [6]]))
+run = fakes.jit(lambda layer, limit: layer(X, RouteContext(mask=MASK), limit))
+
+
+def layer_of(router: RouterConfig, **changes) -> MoELayer:
+    changes = {"activation": "swiglu", "expert_dim": F, "expert_bias": True, **changes}
+    return fakes.small_layer(router, **changes)
+
+
+def stored_in_parts(layer: MoELayer, parts: int) -> MoELayer:
+    """The same layer with its experts stored as parts."""
+    whole = partition.split(layer.store.get(), parts)
+    config = dataclasses.replace(layer.config, parts=parts)
+    made = jax.tree.map(lambda leaf: leaf, layer)
+    made.config = config
+    for name in ("up", "down", "gate", "up_bias", "gate_bias", "down_bias"):
+        setattr(made.store, name, type(layer.store.up)(getattr(whole, name)))
+    return made
+
+
+def grads(layer: MoELayer, limit: tuple):
+    def loss(layer: MoELayer, x):
+        return jnp.sum(jnp.sin(layer(x, RouteContext(mask=MASK), limit)[0]))
+
+    return fakes.jit(jax.grad(loss, argnums=(0, 1)))(layer, X)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_fast_form_is_the_reference_form(name: str):
+    """Extents, sub-experts split while computing, and sub-experts that are stored: values, metrics; and by hand."""
+    layer, threshold = layer_of(ROUTERS[name]), 0.33
+    made = {
+        form: run(layer, (limits.threshold_drop(threshold, gap=0.04, form=form),)) for form in ("extent", "split")
+    }
+    for parts in (2, 4):
+        made[f"{parts} parts"] = run(stored_in_parts(layer, parts), (limits.threshold_drop(threshold, gap=0.04),))
+    y, metrics = made["extent"]
+    for other, other_metrics in made.values():
+        np.testing.assert_allclose(other, y, rtol=1e-5, atol=1e-5)
+        fakes.assert_same(other_metrics, metrics)
+    assert float(metrics.skipped) > 0 and float(metrics.dropped) > 0
+    balance = metrics.routed.sum() - metrics.dropped + metrics.added - metrics.overflow
+    assert float(balance) == float(metrics.computed.sum())
+    # By hand: experts on each kept pair, with F or F / 2 neurons.
+    record = layer.begin(X, RouteContext(mask=MASK, record=True), (limits.threshold_drop(threshold, gap=0.04),)).record
+    kept, w = jax.tree.map(lambda leaf: np.asarray(leaf[0]), record.kept), layer.store.get()
+    total = np.zeros((18, fakes.DIM))
+    halved = 0
+    for r, k in np.argwhere(kept.valid):
+        token = r if kept.token is None else kept.token[r]
+        e, n = kept.expert[r, k], F // 2 if kept.level[r, k] else F
+        halved += int(n < F)
+        x = np.asarray(X.reshape(18, -1)[token], np.float64)
+        gate = x @ np.asarray(w.gate[e, :, :n], np.float64) + w.gate_bias[e, :n]
+        up = x @ np.asarray(w.up[e, :, :n], np.float64) + w.up_bias[e, :n]
+        out = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(w.down[e, :n], np.float64) + w.down_bias[e] * n / F
+        total[token] += kept.weight[r, k] * out
+    assert halved * 0.5 == float(metrics.skipped)
+    np.testing.assert_allclose(np.asarray(y).reshape(18, -1), total, rtol=2e-4, atol=2e-4)
+
+
+def test_gradients_of_the_forms_agree():
+    layer = layer_of(ROUTERS["softmax"])
+    made = [grads(layer, (limits.threshold_drop(0.33, gap=0.04, form=form),)) for form in ("extent", "split")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *made)
+
+
+def test_no_threshold_is_no_limit_and_no_gap_is_one_threshold():
+    layer = layer_of(ROUTERS["softmax"])
+    fakes.assert_same(run(layer, (limits.threshold_drop(0.0),)), run(layer, ()))
+    np.testing.assert_array_equal(run(layer, (limits.threshold_drop(0.0, gap=0.01),))[0], run(layer, ())[0])
+    one, two = (run(layer, (limits.threshold_drop(0.33, gap=gap),)) for gap in (None, 0.0))
+    np.testing.assert_array_equal(one[0], two[0])
+    assert float(two[1].skipped) == 0 and float(one[1].dropped) == float(two[1].dropped) > 0
+    assert one[1].skipped is None
+
+
+def test_thresholds_are_run_time_values_and_may_differ_by_layer():
+    model, rng = fakes.small_model(moe={"num_experts": 4}), np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(0, fakes.VOCAB, (2, 8)), jnp.int32)
+    compiled = []
+
+    @jax.jit
+    def drops(model, limit):
+        compiled.append(1)
+        return model(ids, limits=limit).metrics.dropped
+
+    by_layer = drops(model, (limits.threshold_drop((0.49, 0.0)),))
+    other = drops(model, (limits.threshold_drop((0.0, 0.45)),))
+    assert len(compiled) == 1
+    assert by_layer[0] > 0 == by_layer[1] and other[0] == 0 < other[1]
+
+
+# --- thresholds by load -------------------------------------------------------------------------------------------
+
+
+def shares_and_devices(rng, skew, gap):
+    table = fakes.random_table(rng, 120, 4, 16, skew=skew, drop=0.05)
+    share = np.asarray(limits.normalised(table), np.float64)
+    return table, share, np.asarray(table.expert) // 4
+
+
+def work(table, share, device, thresholds, gap):
+    """Post-drop work of each device, in whole pairs."""
+    done = np.zeros(len(thresholds))
+    for r, k in np.argwhere(np.asarray(table.valid)):
+        t = thresholds[device[r, k]]
+        lower, upper = (t, t) if gap is None else (t - gap, t + gap if t > 0 else 0.0)
+        if share[r, k] <= lower and lower > 0:
+            continue
+        done[device[r, k]] += 0.5 if gap is not None and upper > 0 and share[r, k] <= upper else 1.0
+    return done
+
+
+@pytest.mark.parametrize("gap", [None, 0.02])
+@pytest.mark.parametrize("skew", [0.0, 0.2])
+def test_water_filling_ends_at_the_same_maximum_and_drops_least(skew: float, gap: float | None):
+    threshold = 0.25
+    for seed in range(4):
+        table, share, device = shares_and_devices(np.random.default_rng(seed), skew, gap)
+        before, everywhere = (work(table, share, device, [t] * 4, gap) for t in (0.0, threshold))
+        kept = limits.threshold_drop(threshold, gap=gap, load_aware="water", ranks=4)(table, RouteContext())
+        half = np.zeros(table.valid.shape) if kept.level is None else 0.5 * np.asarray(kept.level)
+        after = np.bincount(device.ravel(), (np.asarray(kept.valid) * (1 - half)).ravel(), minlength=4)
+        assert after.max() == everywhere.max() <= before.max()
+        assert (after >= everywhere).all() and (after <= before).all()
+        # The lowest step of each device that reaches the maximum, found by trying all.
+        steps = np.arange(STEPS + 1, dtype=np.float32) * np.float32(threshold) / STEPS
+        for d in range(4):
+            tried = [work(table, share, device, [t] * 4, gap)[d] for t in steps]
+            assert after[d] == next(w for w in tried if w <= everywhere.max())
+
+
+def test_the_papers_rule_scales_the_threshold_with_the_load():
+    table, share, device = shares_and_devices(np.random.default_rng(1), 0.15, None)
+    loads = np.bincount(device[np.asarray(table.valid)], minlength=4)
+    thresholds = 0.25 * np.minimum(1, loads / loads.mean())
+    assert thresholds.min() < 0.2 and thresholds.max() == 0.25
+    kept = limits.threshold_drop(0.25, load_aware="paper", ranks=4)(table, RouteContext())
+    np.testing.assert_array_equal(kept.valid, np.asarray(table.valid) & (share > thresholds[device]))
+
+
+@pytest.mark.parametrize("rule", ["none", "paper", "water"])
+def test_virtual_ranks_decide_as_real_ones_do(rule: str):
+    """Loads are of all ranks, so the thresholds of a device are one everywhere."""
+    limit = limits.threshold_drop(0.49, gap=0.05, load_aware=rule, major=128)
+    changes = {"expert_dim": F}
+    real = ranks.on((1, 4, 1), fakes.small_layer(dispatcher="ep", **changes), (limit,))
+    virtual = ranks.on((1, 1, 1), fakes.small_layer(virtual_ranks=4, **changes), (limit,))
+    ranks.assert_same_decisions(virtual, real)
+    (a, metrics), (b, expected) = virtual[0], real[0]
+    np.testing.assert_array_equal(a.kept.level, b.kept.level)
+    assert float(metrics.skipped) == float(expected.skipped) > 0 and float(metrics.dropped) > 0
+
+
+@pytest.mark.parametrize("form", ["extent", "split"])
+def test_on_real_ranks_the_output_is_that_of_one_device(form: str):
+    limit = (limits.threshold_drop(0.49, gap=0.05, form=form),)
+    x, mask = ranks.hidden(), jnp.asarray(ranks.MASK)
+
+    def value(layer, x, mask):
+        y, metrics = layer(x, RouteContext(mask=mask), limit)
+        return jnp.where(mask[..., None], y, 0), metrics
+
+    expected, metrics = fakes.jit(value)(fakes.small_layer(expert_dim=F), x, mask)
+    mesh = ranks.mesh_of((2, 4, 1))
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(a, batch_sharding(mesh)) for a in (x, mask)]
+        y, real = jax.device_get(fakes.jit(value)(fakes.small_layer(dispatcher="ep", expert_dim=F), *split))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert float(real.skipped) == float(metrics.skipped) > 0 and float(real.overflow) == 0
+    np.testing.assert_array_equal(real.computed, metrics.computed)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "threshold_drop": "needs threshold",
+    "threshold_drop:threshold=1.5": "at least 0 and below 1",
+    "threshold_drop:threshold=0.1,gap=-1": "gap=-1",
+    "threshold_drop:threshold=0.1,major=64": "of 2T-Drop",
+    "threshold_drop:threshold=0.1,ranks=2": "load_aware",
+    "threshold_drop:threshold=0.1,load_aware=yes": "one of none, paper, water",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_texts(text: str):
+    with pytest.raises(ConfigError, match=WRONG[text]):
+        limits.parse(text)
+
+
+CHECKED = {
+    "threshold_drop:threshold=0.1/0.2": ({}, "2 thresholds for 3 MoE layers"),
+    "threshold_drop:threshold=0.1,gap=0.01,major=64,form=extent": ({"expert_dim": 96}, "multiples of 128"),
+    "threshold_drop:threshold=0.1,gap=0.01,major=32": ({"expert_dim": 96}, "exactly one half"),
+    "threshold_drop:threshold=0.1,gap=0.01,major=40": ({"expert_dim": 96, "parts": 4}, "choose major=24"),
+    "threshold_drop:threshold=0.1,gap=0.01,major=96": ({"expert_dim": 96}, "below moe.expert_dim"),
+    "threshold_drop:threshold=0.1,load_aware=water,ranks=3": ({}, "ranks=3 does not divide"),
+}
+
+
+@pytest.mark.parametrize("text", CHECKED)
+def test_limits_that_do_not_fit_the_model(text: str):
+    changes, said = CHECKED[text]
+    with pytest.raises(ConfigError, match=said):
+        limits.check([limits.parse(text)], MoEConfig(**changes), 3, causal=True)
+
+
+# --- traces -------------------------------------------------------------------------------------------------------
+
+
+def test_a_replay_counts_the_work_that_is_skipped():
+    rng = np.random.default_rng(2)
+    table = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None, None], fakes.random_table(rng, 24, 4, 8, skew=0.2))
+    tokens = {name: np.zeros((1, 24), np.int32) for name in trace.TOKEN_ARRAYS} | {"mask": np.ones((1, 24), bool)}
+    chunk = trace.Chunk(table, table, tokens, None)
+    for expert_dim, share in ((96, 0.5), (640, 1 - 384 / 640)):  # half of 640, in blocks of 128
+        setting = replay.Setting((limits.threshold_drop(0.24, gap=0.04),), None, 1, expert_dim=expert_dim)
+        decided, sums = replay.decide(chunk, setting, {})
+        halved = np.sum(np.asarray(decided.kept.valid) & (np.asarray(decided.kept.level) == 1))
+        assert float(sums.skipped[0]) == pytest.approx(share * halved, rel=1e-6) and halved > 0
+        tally = replay.Tally()
+        tally.add(sums)
+        assert tally.rows([0])[-1]["skipped"] == float(sums.skipped[0])
