@@ -180,6 +180,7 @@ def get_config() -> ConfigDict:
     config.table.arms = ()
     config.table.factors = ()
     config.table.margin = 0.005
+    config.table.tune_steps = 0  # of each model that the table fine-tunes
     config.table.max_tokens = 0
     config.table.batch_size = 16
     return config

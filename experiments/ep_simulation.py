@@ -272,15 +272,20 @@ def render(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
-    del argv
+def define_time_flags(values: flags.FlagValues) -> None:
+    """What :func:`times_of` reads."""
     number: dict[str, Any] = {"lower_bound": 0.0, "flag_values": values}
-    flags.DEFINE_list("models", list(MODELS), f"Of {', '.join(MODELS)}.", flag_values=values)
     flags.DEFINE_string("times", None, "CSV of rows,seconds: expert time of one device by load.", flag_values=values)
     flags.DEFINE_float("seconds_per_row", None, "Expert time of a row, instead of --times.", **number)
     flags.DEFINE_float("seconds_fixed", None, "What a layer costs whatever the load.", **number)
     flags.DEFINE_float("exchange_seconds_per_row", None, "Permutation and exchange of a row.", **number)
     flags.DEFINE_integer("placements", 200, "Random placements of experts on ranks.", lower_bound=1, flag_values=values)
+
+
+def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
+    del argv
+    define_time_flags(values)
+    flags.DEFINE_list("models", list(MODELS), f"Of {', '.join(MODELS)}.", flag_values=values)
     flags.DEFINE_integer(
         "spare", 1, "Slots of each rank for copies of busy experts.", lower_bound=1, flag_values=values
     )

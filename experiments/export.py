@@ -61,6 +61,11 @@ def command(values: flags.FlagValues) -> int:
             f"moe.capacity_factor={limit} drops pairs, and no family does: --dropless writes the model without the "
             "limit, which gives other logits wherever it drops"
         )
+    if written.moe.parts > 1:
+        raise ConfigError(
+            f"moe.parts={written.moe.parts}: no family stores an expert in parts; merge them first, with python -m "
+            f"experiments.partition --checkpoint={values.checkpoint} --form=merge --output=DIR"
+        )
     written = dataclasses.replace(written, moe=dataclasses.replace(written.moe, capacity_factor=0.0))
     source = tokenizer_folder(config)
     scaled = written.attention.rope.scaling != "none"

@@ -50,9 +50,11 @@ def given(values: flags.FlagValues, model: ModelConfig, name: str = "limit") -> 
                 "of one token is k/E); add rounding=at_least_one or rounding=ceil to the limit"
             )
         by_rank = isinstance(limit, limits.ExpandedDrop | limits.DeviceBudget | limits.MeasuredBudget)
+        by_rank |= getattr(limit, "load_aware", "none") != "none"
         if by_rank and not getattr(limit, "ranks", 0) and model.moe.virtual_ranks == 1 and model.moe.dispatcher != "ep":
             session.say(
                 f"note: {type(limit).__name__} on one rank, which hosts all experts: Expanded Drop is expert choice "
-                "then, and a budget is that of all experts together; moe.virtual_ranks or ranks= says otherwise"
+                "then, a budget is that of all experts together, and load_aware spares nobody; moe.virtual_ranks or "
+                "ranks= says otherwise"
             )
     return tuple(made)

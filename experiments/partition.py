@@ -5,8 +5,8 @@
     python -m experiments.partition --checkpoint=runs/mine-p2 --form=merge --output=runs/mine-again
 
 ``--form=complete``: the router knows the parts, E P experts of which k P are chosen; for fine-tuning. ``partial``: the
-router stays, and each pair is spread over its expert's parts when it is dispatched. ``merge``: what was split is joined,
-``moe.parts`` before ``router.copies``; bit for bit where P is a power of two.
+router stays, and each pair is spread over its expert's parts when it is dispatched. ``merge``: what was split is
+joined, ``moe.parts`` before ``router.copies``; bit for bit where P is a power of two.
 
 ``--checkpoint`` is a workdir (its best checkpoint), a step folder or a Hugging Face folder. ``--output`` must be new or
 empty and appears when it is complete: a workdir that every command takes. Of a run of ours it holds the optimizer's
@@ -113,9 +113,8 @@ def command(values: flags.FlagValues) -> int:
     if source.trains:
         fields = changes(to_dict(before.model), to_dict(model))
         fields += [f"--config.train.steps={values.steps}"] if values.steps else []
-        session.say(
-            f"with the optimizer's state: the run's own command goes on with --workdir={values.output} {' '.join(fields)}"
-        )
+        words = " ".join([f"--workdir={values.output}", *fields])
+        session.say(f"with the optimizer's state: the run's own command goes on with {words}")
     else:
         session.say(f"weights alone: train them with --config.init_from={values.output} --config.model_from=init_from")
     return 0
@@ -127,7 +126,9 @@ def _config(before: ExperimentConfig, model: ModelConfig, steps: int, source: de
         return config
     done = int(source.meta["step"])
     if not source.trains:
-        raise ConfigError(f"--steps={steps} is for a run of ours that goes on, and --checkpoint has no optimizer's state")
+        raise ConfigError(
+            f"--steps={steps} is for a run of ours that goes on, and --checkpoint has no optimizer's state"
+        )
     if steps <= done:
         raise ConfigError(f"--steps={steps}: the checkpoint is of step {done}; give more")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))

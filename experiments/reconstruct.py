@@ -10,7 +10,6 @@ printed and nothing is written. ``--importance`` takes such a file in place of t
 the order is for: ``docs/dualsparse.md``.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from experiments import calibration, session
 from experiments.generate import check_tokenizer
 from experiments.trace import chosen_domains, in_turn, mesh_of
 from moejax import derived, importance, limits, pretrained, validate
-from moejax.config import ConfigError, ExperimentConfig, MeshConfig
+from moejax.config import ConfigError, ExperimentConfig
 from moejax.data import Batch, eval_batches, load_corpus
 from moejax.importance import Importance
 from moejax.limits.threshold import BLOCK
@@ -101,7 +100,9 @@ def measured(values: flags.FlagValues, config: ExperimentConfig, columns: int) -
     made = importance.measure(model, held_back(told(in_turn(streams)), judging), mesh)
     tokens = sum(int(batch["mask"].sum()) for batch in judging)
     session.say(f"{made.tokens:,} tokens; judging {len(METRICS)} metrics on {tokens:,} others")
-    losses = importance.leading_losses(model, made.orders(), columns, told(iter(judging)), mesh)
+    orders = made.orders()
+    as_stored = np.broadcast_to(np.arange(config.model.moe.expert_dim), orders[METRICS[0]].shape)
+    losses = importance.leading_losses(model, orders | {"as stored": as_stored}, columns, told(iter(judging)), mesh)
     facts = environment_facts()
     return made, {
         "checkpoint": origin, "layers": moe_layer_ids(config.model), "losses": losses, "columns": columns,
@@ -136,7 +137,7 @@ def lines(config: ExperimentConfig, made: Importance, meta: dict[str, Any], metr
     orders, losses, width = made.orders(), meta["losses"], config.model.moe.expert_dim
     values, order = made.sums[metric], orders[metric]
     text = [f"loss with the leading {meta['columns']} of {width} neurons of every expert, nats per token:"]
-    text += [f"  {name:12s} {losses[name]:9.4f} {losses[name] - losses['all']:+9.4f}" for name in (*METRICS, "all")]
+    text += [f"  {name:12s} {losses[name]:9.4f} {losses[name] - losses['all']:+9.4f}" for name in losses]
     text.append(f"neurons in common among the leading {columns} (by chance {columns / width:.0%}):")
     text.append(" " * 14 + " ".join(f"{name:>11s}" for name in METRICS))
     for a in METRICS:

@@ -378,10 +378,10 @@ def grouped_matmul_facts(config: ExperimentConfig, token_shards: int) -> dict[st
     dtype = jnp.dtype(model.compute_dtype)
     exchange = exchange_facts(config, token_shards)
     tokens = config.train.batch_size // config.train.accumulate * config.data.seq_len // token_shards
-    pairs = exchange["rows"] if exchange else tokens * moe.router.k
-    num_experts = moe.num_experts // (exchange["ranks"] if exchange else 1)
-    up = jax.ShapeDtypeStruct((num_experts, model.dim, moe.expert_dim), dtype)
-    down = jax.ShapeDtypeStruct((num_experts, moe.expert_dim, model.dim), dtype)
+    pairs = exchange["rows"] if exchange else tokens * moe.router.k * moe.parts
+    num_experts = moe.stored_experts // (exchange["ranks"] if exchange else 1)
+    up = jax.ShapeDtypeStruct((num_experts, model.dim, moe.stored_dim), dtype)
+    down = jax.ShapeDtypeStruct((num_experts, moe.stored_dim, model.dim), dtype)
     shapes: Any = (up if model.activation in GATED else None, up, down)
     weights = Weights(*shapes)
     try:

@@ -17,9 +17,6 @@ with what was found and measured, and a reference to the weights, which must sta
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,12 +28,13 @@ from experiments import calibration, session
 from experiments.calibration import Calibration, Scored
 from experiments.generate import check_tokenizer
 from experiments.trace import chosen_domains, mesh_of
-from moejax import limits, pretrained, routing, sharding, thresholds, validate
-from moejax.config import ConfigError, ExperimentConfig, MeshConfig, MoEConfig, TableConfig, config_hash, to_dict
-from moejax.data import Corpus, load_corpus
+from moejax import importers, limits, pretrained, routing, thresholds, validate
+from moejax.config import ConfigError, ExperimentConfig, MoEConfig, TableConfig, config_hash, to_dict
+from moejax.data import load_corpus
+from moejax.importers.writing import new_folder
 from moejax.model import moe_layer_ids
 from moejax.moe import shared_width
-from moejax.results import ResultRow, append_rows, environment_facts, read_rows
+from moejax.results import ResultRow, append_rows, environment_facts, read_rows, write_atomically
 from moejax.thresholds import Rule, ScoreTable
 from moejax.types import Limit, MoEMetrics
 
@@ -129,6 +127,11 @@ def warnings(found: Found, table: ScoreTable, config: ExperimentConfig, rate: fl
             f"{where}: no threshold of this form drops {rate:.2%}: many pairs have one score, or the gap alone halves "
             "more; the nearest is taken"
         )
+    elif abs((counted := found.facts.get("drop_rate_in_force", rate)) - rate) > FAR:
+        said.append(
+            f"in force {counted:.2%} are dropped, not {rate:.2%}: later layers have other scores where earlier ones "
+            "drop (--rounds brings the two together for --drop_rate)"
+        )
     return said
 
 
@@ -171,37 +174,23 @@ def limited(config: ExperimentConfig, origin: dict[str, Any], text: str) -> Expe
     )
 
 
-def write_folder(output: Path, config: ExperimentConfig, corpus: Corpus, found: Found, origin: dict[str, Any]) -> None:
+def write_folder(output: Path, config: ExperimentConfig, found: Found, origin: dict[str, Any]) -> None:
     """Writes the workdir whole, or nothing.
 
     Raises:
-      ConfigError: a file or folder is there by now, or none can be made.
+      ConfigError: something is there by now, or nothing can be made there.
     """
-    made = None
-    try:
-        made = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-        os.chmod(made, 0o755)
-        session.write_env(made, config, corpus, sharding.token_shards(mesh_of(config)), origin)
-        for name, value in (("config.json", to_dict(config)), (NAME, found.facts)):
-            (made / name).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        if output.exists():
-            raise ConfigError(f"--output={output} has been made meanwhile: name another folder")
-        os.rename(made, output)
-        made = None
-    except OSError as error:
-        if error.errno in session.FULL:
-            raise
-        raise ConfigError(f"--output={output} cannot be written ({error.strerror}): choose another place") from error
-    finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+    env = {"command": session.command_line(), **environment_facts(), "config_hash": config_hash(config)}
+    files = {"config.json": to_dict(config), "env.json": env | {"init_from": origin}, NAME: found.facts}
+    with new_folder(output) as folder:
+        for name, value in files.items():
+            write_atomically(folder / name, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 # --- command --------------------------------------------------------------------------------------
 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
-    del argv
     add: dict[str, Any] = {"flag_values": values}
     session.define_checkpoint_flag(values)
     flags.DEFINE_float("drop_rate", None, "Share of the routed work to drop; half pairs count half.", 0.0, 1.0, **add)
@@ -218,7 +207,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_string("output", None, "Folder to make: the checkpoint with these thresholds.", **add)
     flags.DEFINE_bool("replace", False, "In place of limits that the checkpoint's config has.", **add)
     flags.DEFINE_string("curve", None, "File for results rows: drop rate over threshold by layer.", **add)
-    calibration.define_flags(values)
+    calibration.define_flags(values, argv)
     flags.DEFINE_integer(
         "rounds", 2, "Passes for --drop_rate; from the second on with the thresholds of the one before in force.", 1,
         **add,
@@ -243,17 +232,15 @@ def check_flags(values: flags.FlagValues) -> None:
         raise ConfigError("--output needs a target, e.g. --drop_rate=0.25")
     if values.one_threshold and (values["gap"].present or values.major):
         raise ConfigError("--one_threshold is 1T-Drop, which halves no pair: leave --gap and --major out")
-    if values.quality is not None and not values.check:
-        raise ConfigError("--quality is found by evaluation: leave --nocheck out")
+    if values.quality is not None:
+        if not values.check:
+            raise ConfigError("--quality is found by evaluation: leave --nocheck out")
+        thresholds.check_search(values.quality, values.resolution)
     if values.curve:
         session.check_output(values.curve, "curve")
         read_rows(values.curve)
     if values.output:
-        output = Path(values.output)
-        if output.exists() or output.is_symlink():
-            raise ConfigError(f"--output={output} is there already: nothing is overwritten; name another folder")
-        if not output.absolute().parent.is_dir():
-            raise ConfigError(f"--output={output}: there is no folder {output.parent}; make it first")
+        importers.check_new(Path(values.output).expanduser())
 
 
 def rule_of(values: flags.FlagValues, config: ExperimentConfig) -> Rule:
@@ -277,8 +264,8 @@ def rule_of(values: flags.FlagValues, config: ExperimentConfig) -> Rule:
     return rule
 
 
-def with_flags(config: ExperimentConfig, values: flags.FlagValues) -> ExperimentConfig:
-    """The checkpoint's config without limits, with the batch and devices that the flags ask for.
+def without_limits(config: ExperimentConfig, values: flags.FlagValues) -> ExperimentConfig:
+    """The checkpoint's config without limits.
 
     Raises:
       ConfigError: it has limits and nothing says that they go, or no experts.
@@ -293,13 +280,7 @@ def with_flags(config: ExperimentConfig, values: flags.FlagValues) -> Experiment
             "place, or give the checkpoint that those were made for"
         )
     moe = dataclasses.replace(moe, capacity_factor=0.0, capacity_limits=())
-    evaluation = config.eval
-    if values.batch_size:
-        evaluation = dataclasses.replace(evaluation, batch_size=values.batch_size)
-    mesh = MeshConfig(data=values.devices) if values.devices else config.mesh
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, moe=moe), eval=evaluation, mesh=mesh
-    )  # fmt: skip
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,14 +351,14 @@ def command(values: flags.FlagValues) -> int:
 
 
 def found_and_told(values: flags.FlagValues) -> int:
-    stored = with_flags(pretrained.stored_config(values.checkpoint), values)
-    text = calibration.calibration_split(stored, values.split)
+    stored = without_limits(pretrained.stored_config(values.checkpoint), values)
+    config = calibration.with_text(stored, values)
+    text = calibration.calibration_split(config, values.split)
     rule = rule_of(values, stored)
-    mesh_of(stored)
+    mesh = mesh_of(config)
     origin = pretrained.origin(values.checkpoint)
-    model, config, meta = pretrained.open_model(values.checkpoint)
-    config = with_flags(config, values)
-    corpus = load_corpus(config.data, train=config.train.steps > 0)
+    model, _, meta = pretrained.open_model(values.checkpoint, mesh=mesh)
+    corpus = load_corpus(config.data, train=text == "train")
     check_tokenizer(config.data, corpus.tokenizer, meta.get("data", {}))
     session.keep_programs(corpus)
     asked = Asked(rule, text, chosen_domains(corpus, text, values.domains), values.tokens)
@@ -422,7 +403,7 @@ def found_and_told(values: flags.FlagValues) -> int:
     for line in on.recompiled():
         session.say(f"WARNING: {line}")
     if values.output:
-        write_folder(Path(values.output), limited(config, origin, found.text), corpus, found, origin)
+        write_folder(Path(values.output).expanduser(), limited(stored, origin, found.text), found, origin)
         session.say(f"{values.output}: a checkpoint for every command, with the weights of {origin['folder']}")
     print(f"--limit={found.text}", flush=True)
     return 0

@@ -79,9 +79,9 @@ def block_norms(config: ModelConfig) -> int:
 
 
 def expert_biases(config: ModelConfig) -> int:
-    """Numbers in the biases of one routed expert."""
+    """Numbers in the biases of one routed expert; each part that it is stored in has a down bias."""
     moe = config.moe
-    return (ffn_matrices(config.activation) - 1) * moe.expert_dim + config.dim if moe.expert_bias else 0
+    return (ffn_matrices(config.activation) - 1) * moe.expert_dim + moe.parts * config.dim if moe.expert_bias else 0
 
 
 def router_parameters(config: ModelConfig) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def stored(path: str | Path) -> ExperimentConfig:
     """
     config = pretrained.stored_config(path)
     check_model(config.model)
-    if config.train.steps and not config.model_from == "init_from":
+    if config.train.steps and config.model_from != "init_from":
         return config
     return dataclasses.replace(config, train=TrainConfig(), init_from="", model_from="config")
 
@@ -63,8 +63,7 @@ def read(path: str | Path) -> Source:
     """
     config, origin = stored(path), pretrained.origin(path)
     if origin.get("format") == pretrained.FORMAT:
-        host = make_mesh(MeshConfig(data=1), jax.local_devices(backend="cpu")[:1])
-        model, _, meta = pretrained.open_model(path, mesh=host)
+        model, _, meta = pretrained.open_model(path, mesh=make_mesh(MeshConfig(data=1), _host()))
         _, params, router_state = nnx.split(model, nnx.Param, RouterState)
         arrays = checkpoint.flatten({"params": params, "router_state": router_state})
         meta = {**meta, "data": {"tokenizer": pretrained.tokenizer_hash(origin)}}
@@ -72,7 +71,8 @@ def read(path: str | Path) -> Source:
     folder = Path(origin["folder"])
     arrays, meta = checkpoint.read_all(folder)
     if pretrained.stored_config(path).train.steps:
-        return Source(config, arrays, meta, checkpoint.score_of(folder), origin, any(n.startswith("opt_state/") for n in arrays))
+        trains = any(name.startswith("opt_state/") for name in arrays)
+        return Source(config, arrays, meta, checkpoint.score_of(folder), origin, trains)
     arrays = {name: array for name, array in arrays.items() if name.startswith(("params/", "router_state/"))}
     meta = {"step": meta["step"], "data": {"tokenizer": pretrained.tokenizer_hash(origin)}}
     return Source(config, arrays, meta, None, origin, False)
@@ -131,6 +131,14 @@ def write(
             else:
                 content(folder / name)
     return output / "checkpoints" / str(step)
+
+
+def _host() -> list[jax.Device]:
+    """Where arrays are put together that no device computes with: the CPU, unless JAX was told to leave it out."""
+    try:
+        return jax.local_devices(backend="cpu")[:1]
+    except RuntimeError:
+        return jax.local_devices()[:1]
 
 
 def _known(source: Source) -> dict[str, Any]:

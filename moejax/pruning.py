@@ -13,7 +13,7 @@ Letters: E experts, r of them kept, N sets of them, T tokens, D model, L MoE lay
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from moejax.config import ConfigError, ModelConfig
 from moejax.data import Batch
 from moejax.model import Decoder, layer_groups
 from moejax.moe import MoELayer
+from moejax.partition.complete import prune
 from moejax.types import Activation, ExpertWeights, RouteContext, Routing
 
 MOST_SETS = 5_000
@@ -172,5 +173,33 @@ def choose(
             whole[i] += float(norm)
     if batch is None:
         raise ConfigError("pruning experts needs calibration text, and there is none: give a split with text")
-    best = errors.argmin(axis=1)
+    best = errors.argmin(axis=1)  # of equal ones the first set
     return Choice(sets[best], errors.min(axis=1) / np.maximum(whole, 1e-20), len(sets))
+
+
+def pruned(
+    arrays: Mapping[str, Any], model: ModelConfig, kept: Int[np.ndarray, "L r"]
+) -> tuple[dict[str, Any], ModelConfig]:
+    """The arrays of a checkpoint, by path, with only the experts ``kept`` of each MoE layer, and the model that they
+    are of. Those of an optimizer go.
+
+    Raises:
+      ConfigError: as :func:`moejax.partition.complete.prune`; or there are multi-token-prediction modules.
+    """
+    if model.mtp_layers:
+        raise ConfigError(
+            f"model.mtp_layers={model.mtp_layers}: its experts were not measured, so they cannot be pruned; set it to 0"
+        )
+    made = {name: array for name, array in arrays.items() if not name.startswith("opt_state/")}
+    moe, first = model.moe, 0
+    for g, (pattern, repeats) in enumerate(layer_groups(model)):
+        places = [b for b, is_moe in enumerate(pattern) if is_moe]
+        for i, b in enumerate(places):
+            ids = kept[first + i : first + len(places) * repeats : len(places)]  # of each repeat
+            stem = f"groups/{g}/blocks/{b}/moe/"
+            mine = {name: name.partition(stem)[2] for name in made if stem in name}
+            layers = [prune({mine[n]: made[n][j] for n in mine}, model.moe, its) for j, its in enumerate(ids)]
+            made |= {name: np.stack([arrays[mine[name]] for arrays, _ in layers]) for name in mine}
+            moe = layers[0][1]
+        first += len(places) * repeats
+    return made, dataclasses.replace(model, moe=moe)

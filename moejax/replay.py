@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moejax import limits, routing
+from moejax import dispatch, limits, routing
 from moejax.config import ConfigError, MoEConfig, RouterConfig
 from moejax.metrics import load_summary
 from moejax.moe import summarise
@@ -153,7 +153,7 @@ def _decide(
 ) -> tuple[Routing, Routing, MoEMetrics, Array]:
     """``(made, kept, sums over ranks, whether the router's logits are the recorded ones)``, all leading with L."""
 
-    hosted = (made.probs.shape[-1] - made.zero_experts) // expert_ranks
+    hosted = dispatch.whole_experts(made.probs.shape[-1] - made.zero_experts, expert_ranks)
 
     def on_rank(
         made: Routing, key: Array | None, state: dict[str, Array], tokens: dict[str, Array], rank: Array, layer: Array

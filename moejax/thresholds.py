@@ -58,7 +58,7 @@ class Rule:
         )
         return f"threshold_drop:threshold={'/'.join(values)}{more}"
 
-    def limit(self, thresholds: Sequence[float] | Float[np.ndarray, "L"]) -> tuple[Limit, ...]:
+    def limit(self, thresholds: Sequence[float] | Float[np.ndarray, "L"]) -> tuple[limits.ThresholdDrop, ...]:
         """The limit of L thresholds, always with one for each layer, so that any of them run the same program."""
         return (limits.threshold_drop(tuple(map(float, thresholds)), gap=self.gap, major=self.major),)
 
@@ -299,17 +299,22 @@ def largest_rate(loss: Callable[[float], float], bound: float, *, resolution: fl
     bound is found next to one beyond it. 0 where no rate that was tried is within it.
 
     Raises:
-      ConfigError: a bound that is no number at least 0, or a resolution outside (0, 1).
+      ConfigError: as :func:`check_search`.
     """
-    if not 0 <= bound < math.inf:
-        raise ConfigError(f"quality={bound}: the largest loss that is accepted, in bits per byte, 0 or more")
-    if not 0 < resolution < 1:
-        raise ConfigError(f"resolution={resolution}: a step of the drop rate, between 0 and 1")
+    check_search(bound, resolution)
     within, beyond = 0.0, 1.0
     while beyond - within > resolution:
         middle = (within + beyond) / 2
         within, beyond = (middle, beyond) if loss(middle) <= bound else (within, middle)
     return within
+
+
+def check_search(bound: float, resolution: float) -> None:
+    """Raises ConfigError for a bound that is no number at least 0, or a resolution outside (0, 1)."""
+    if not 0 <= bound < math.inf:
+        raise ConfigError(f"quality={bound}: the largest loss that is accepted, in bits per byte, 0 or more")
+    if not 0 < resolution < 1:
+        raise ConfigError(f"resolution={resolution}: a step of the drop rate, between 0 and 1")
 
 
 # --- what thresholds did --------------------------------------------------------------------------

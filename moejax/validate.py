@@ -23,7 +23,7 @@ MODEL_AT_LEAST = {
     "attention.num_heads": 1, "attention.num_kv_heads": 1, "attention.head_dim": 1,
     "moe.first_dense": 0, "moe.every": 1, "moe.shared_experts": 0, "moe.capacity_factor": 0, "moe.router.jitter": 0,
     "moe.shared_dim": 0, "moe.zero_experts": 0, "mtp_layers": 0,
-    "moe.ep_buffer_factor": 0, "moe.ep_chunks": 1, "moe.virtual_ranks": 1,
+    "moe.ep_buffer_factor": 0, "moe.ep_chunks": 1, "moe.virtual_ranks": 1, "moe.parts": 1,
 }  # fmt: skip
 
 
@@ -62,12 +62,10 @@ def check(config: ExperimentConfig) -> None:
     moe = config.model.moe
     if has_experts(config.model):
         _check_real_ranks(config)
-    if has_experts(config.model) and moe.num_experts % config.mesh.expert:
-        choices = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
-        raise ConfigError(
-            f"moe.num_experts={moe.num_experts} not divisible by mesh axis 'expert'={config.mesh.expert}: "
-            f"choose one of {choices}"
-        )
+    if has_experts(config.model):
+        _check_divides(moe, f"mesh axis 'expert'={config.mesh.expert}", config.mesh.expert)
+        if moe.dispatcher == "ep":
+            limits.check_ranks(limits.of_config(moe), moe, config.mesh.expert)
 
 
 def _check_prediction(config: ExperimentConfig) -> None:
@@ -137,6 +135,11 @@ def check_model(config: ModelConfig) -> None:
     for name in ("num_experts", "expert_dim"):
         if getattr(moe, name) < 1:
             raise ConfigError(f"moe.{name}={getattr(moe, name)}: must be 1 or more")
+    if moe.expert_dim % moe.parts:
+        choices = [d for d in range(1, moe.expert_dim + 1) if moe.expert_dim % d == 0]
+        raise ConfigError(
+            f"moe.parts={moe.parts} does not divide moe.expert_dim={moe.expert_dim}: choose one of {choices}"
+        )
     causal = routing.family(moe.router, moe.num_experts, zero_experts=moe.zero_experts).causal
     limits.check(limits.of_config(moe), moe, len(moe_layer_ids(config)), causal=causal)
     if moe.shared_dim and not moe.shared_experts:
@@ -153,12 +156,8 @@ def check_model(config: ModelConfig) -> None:
 def _check_ranks(moe: MoEConfig) -> None:
     if moe.ep_buffer_factor == float("inf"):
         raise ConfigError("moe.ep_buffer_factor=inf: must be a finite number; 0 reserves the worst case")
-    if moe.num_experts % moe.virtual_ranks:
-        choices = [d for d in range(1, moe.num_experts + 1) if moe.num_experts % d == 0]
-        raise ConfigError(
-            f"moe.num_experts={moe.num_experts} not divisible by moe.virtual_ranks={moe.virtual_ranks}: choose one of "
-            f"{choices}"
-        )
+    _check_divides(moe, f"moe.virtual_ranks={moe.virtual_ranks}", moe.virtual_ranks)
+    limits.check_ranks(limits.of_config(moe), moe, moe.virtual_ranks)
     if moe.dispatcher != "ep":
         for name, default in (("ep_exchange", "auto"), ("ep_buffer_factor", 0.0)):
             if getattr(moe, name) != default:
@@ -171,6 +170,14 @@ def _check_ranks(moe: MoEConfig) -> None:
             f"moe.ep_exchange='chunked' cuts tokens into pieces, and with router.name={moe.router.name!r} experts "
             "choose among all of them: choose 'padded' or 'auto'"
         )
+
+
+def _check_divides(moe: MoEConfig, by: str, ranks: int) -> None:
+    stored = moe.stored_experts
+    if stored % ranks:
+        what = f"moe.num_experts={moe.num_experts}" + (f" x moe.parts={moe.parts}" if moe.parts > 1 else "")
+        choices = [d for d in range(1, stored + 1) if stored % d == 0]
+        raise ConfigError(f"{what} not divisible by {by}: choose one of {choices}")
 
 
 def _check_real_ranks(config: ExperimentConfig) -> None:

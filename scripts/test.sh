@@ -15,6 +15,10 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
 export JAX_COMPILATION_CACHE_MAX_SIZE="${JAX_COMPILATION_CACHE_MAX_SIZE:-1073741824}" # bytes
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.2}"
 
+# Tests start processes of the commands. Without kept bytecode (containers often ask for none, and the set-up compiles
+# none ahead) each of them compiles 1,200 modules of its packages anew: 5 s of its 8.
+unset PYTHONDONTWRITEBYTECODE
+
 workers="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 [[ "$workers" -le 8 ]] || workers=8
 

@@ -34,6 +34,7 @@ FILES = {
     "configs.quickstart": ("full", "short"),
     **{f"configs.lab.{name}": ("tiny", "h100") for name in LAB},
     "configs.papers.capacity_aware": ("tiny", "h100", "paper"),
+    "configs.papers.dualsparse": ("tiny", "lab", "paper", "tiny,model=deepseek_like"),
     **MODELS,
 }
 VARIANTS = [(module, variant) for module, variants in FILES.items() for variant in variants]

@@ -242,7 +242,8 @@ def test_only_the_layers_that_have_the_window_forget():
     other[0, 0] = (other[0, 0] + 1) % fakes.VOCAB
     for layers, first_same in (((), 5), ((0,), None)):
         model = fakes.small_model(attention={"window": 3, "window_layers": layers}, moe={"first_dense": 2})
-        a, b = (np.asarray(fakes.jit(lambda m, t: m(t).logits)(model, t)) for t in (tokens, other))
+        run = fakes.jit(lambda m, t: m(t).logits)
+        a, b = (np.asarray(run(model, t)) for t in (tokens, other))
         moved = np.abs(a - b).max(-1)[0] > 1e-6
         assert moved[:5].all()
         assert moved.all() if first_same is None else not moved[first_same:].any()

@@ -35,6 +35,7 @@ CHAIN = (
         "meter",
         "plan",
         "pruning",
+        "thresholds",
         "validate",
         "watch",
     ),

@@ -151,3 +151,13 @@ def test_what_cannot_work_is_refused():
     for limit in (limits.skip_second(0.5), limits.opportunistic_drop(keep=1)):
         with pytest.raises(ValueError, match="rows of expert choice are pairs"):
             limit(rows, context())
+
+
+def test_skipping_without_renormalisation_is_1t_drop_for_two_experts():
+    """s2 < beta s1 says the same of the second expert as s2 / (s1 + s2) < beta / (1 + beta)."""
+    table = ref.routed(np.random.default_rng(3), k=2, renormalise=True)
+    for beta in (0.2, 0.6, 0.95):
+        skip = run(limits.skip_second(beta, renormalise=False), table)
+        drop = run(limits.threshold_drop(beta / (1 + beta)), table)
+        fakes.assert_same((skip.valid, skip.weight), (drop.valid, drop.weight))
+        assert not skip.valid.all()

@@ -15,8 +15,7 @@ from moejax import checkpoint, losses, routing
 from moejax.config import ConfigError, MoEConfig, RouterConfig
 from moejax.moe import MoELayer
 from moejax.partition import complete, spread
-from moejax.routing import RouterWeights
-from moejax.types import RouteContext, Routing
+from moejax.types import MoEMetrics, RouteContext, Routing
 from tests.moe_fakes import f64, gelu, sigmoid
 
 D, F, E, T = 8, 16, 4, 19
@@ -31,10 +30,11 @@ def smallest_k(name: str) -> int:
 
 def config_of(name: str, **changes: Any) -> MoEConfig:
     """A layer with biases wherever there can be some, a scale, and shared experts; changes of its router too."""
-    router = {"k": smallest_k(name), "noncausal": "allow", "scale": 1.7, "bias": "bias" in routing.FAMILIES[name].settings}
-    moe = {"num_experts": E, "expert_dim": F, "shared_experts": 1, "expert_bias": True, "implementation": "ref"}
+    settings = routing.FAMILIES[name].settings
+    router: dict[str, Any] = {"k": smallest_k(name), "noncausal": "allow", "scale": 1.7, "bias": "bias" in settings}
+    moe: dict[str, Any] = {"num_experts": E, "expert_dim": F, "shared_experts": 1, "expert_bias": True}
     router |= {key: changes.pop(key) for key in list(changes) if key in RouterConfig.__dataclass_fields__}
-    return MoEConfig(router=RouterConfig(name=name, **router), **{**moe, **changes})
+    return MoEConfig(router=RouterConfig(name=name, **router), **(moe | {"implementation": "ref"} | changes))
 
 
 def states_of(moe: MoEConfig, activation: str) -> tuple[Any, list]:
@@ -47,7 +47,9 @@ def states_of(moe: MoEConfig, activation: str) -> tuple[Any, list]:
 def arrays_of(moe: MoEConfig, activation: str = "swiglu") -> dict[str, np.ndarray]:
     """The arrays of a layer by name, with random numbers in each."""
     rng = np.random.default_rng(0)
-    shapes = {name: leaf.shape for state in states_of(moe, activation)[1] for name, leaf in checkpoint.flatten(state).items()}
+    shapes = {
+        name: leaf.shape for state in states_of(moe, activation)[1] for name, leaf in checkpoint.flatten(state).items()
+    }
     return {name: rng.normal(0, 0.7, shape).astype(np.float32) for name, shape in sorted(shapes.items())}
 
 
@@ -57,7 +59,8 @@ def made(moe: MoEConfig, arrays: dict[str, Any], activation: str = "swiglu") -> 
     shapes = {name: leaf.shape for state in states for name, leaf in checkpoint.flatten(state).items()}
     assert {name: array.shape for name, array in arrays.items()} == shapes
     filled = [
-        jax.tree.unflatten(jax.tree.structure(s), [jnp.asarray(arrays[n]) for n in checkpoint.flatten(s)]) for s in states
+        jax.tree.unflatten(jax.tree.structure(s), [jnp.asarray(arrays[n]) for n in checkpoint.flatten(s)])
+        for s in states
     ]
     return nnx.merge(graph, *filled)
 
@@ -65,10 +68,10 @@ def made(moe: MoEConfig, arrays: dict[str, Any], activation: str = "swiglu") -> 
 X = np.random.default_rng(1).normal(0, 1, (T, D)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def route(x: jax.Array, weights: RouterWeights, router: RouterConfig, train: bool = False) -> Routing:
+def route(x: Any, weights: dict[str, Any], router: RouterConfig, train: bool = False) -> Routing:
+    """Operation by operation: those of one family are compiled for the next one too."""
     ctx = RouteContext(key=jax.random.key(3), train=train)
-    return routing.FAMILIES[router.name].route(x, weights, ctx, router)
+    return routing.FAMILIES[router.name].route(jnp.asarray(x), weights, ctx, router)
 
 
 def router_weights(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -79,13 +82,17 @@ def ffn(x: np.ndarray, arrays: dict[str, np.ndarray], e: int, activation: str) -
     up = x @ f64(arrays["store/up"][e]) + (f64(arrays["store/up_bias"][e]) if "store/up_bias" in arrays else 0)
     hidden = gelu(up)
     if "store/gate" in arrays:
-        gate = x @ f64(arrays["store/gate"][e]) + (f64(arrays["store/gate_bias"][e]) if "store/gate_bias" in arrays else 0)
+        gate = x @ f64(arrays["store/gate"][e]) + (
+            f64(arrays["store/gate_bias"][e]) if "store/gate_bias" in arrays else 0
+        )
         hidden = (gate * sigmoid(gate) if activation == "swiglu" else gelu(gate)) * up
     bias = f64(arrays["store/down_bias"][e]) if "store/down_bias" in arrays else 0
     return hidden @ f64(arrays["store/down"][e]) + bias
 
 
-def by_hand(moe: MoEConfig, arrays: dict[str, np.ndarray], activation: str = "swiglu", train: bool = False) -> np.ndarray:
+def by_hand(
+    moe: MoEConfig, arrays: dict[str, np.ndarray], activation: str = "swiglu", train: bool = False
+) -> np.ndarray:
     """The routed experts' output, pair by pair in float64, with the pairs of the router family."""
     table = route(X, router_weights(arrays), moe.router, train)
     table = dataclasses.replace(table, zero_experts=moe.zero_experts)
@@ -120,7 +127,7 @@ def check_law(moe: MoEConfig, parts: int, form: complete.Form, activation: str =
         if name.startswith("shared"):
             assert cut[name] is arrays[name]
     for moment in (0, 1, 2):
-        back = complete.merge_arrays(complete.split_arrays(arrays, moe, parts, form, moment), split, 0, moment)
+        back = complete.merge_arrays(complete.split_arrays(arrays, moe, parts, form, moment), split, parts, moment)
         assert back.keys() == arrays.keys()
         for name, array in arrays.items():
             assert back[name].dtype == array.dtype
@@ -128,7 +135,7 @@ def check_law(moe: MoEConfig, parts: int, form: complete.Form, activation: str =
     return split
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_complete_form_computes_the_same(name: str, parts: int):
     moe = config_of(name)
@@ -159,12 +166,12 @@ SETTINGS = {
     "sigmoid bias, zero experts": config_of("sigmoid_bias", zero_experts=2, k=3),
     "Llama 4": config_of("topk_of_sigmoid", k=1, renormalise=False, weigh="input"),
     "divided, input weighed": config_of("softmax_of_topk", weigh="input"),
-    "groups by their best": config_of("topk_of_softmax", num_experts=6, groups=3, groups_kept=1, renormalise=False),
+    "groups by their best": config_of("topk_of_softmax", num_experts=8, groups=4, groups_kept=1, renormalise=False),
     "groups by their two best": config_of(
-        "sigmoid_bias", num_experts=9, groups=3, groups_kept=2, group_score="top2_sum", k=3
+        "sigmoid_bias", num_experts=8, groups=4, groups_kept=2, group_score="top2_sum"
     ),
     "groups by their two best, softmax": config_of(
-        "topk_of_softmax", num_experts=9, groups=3, groups_kept=2, group_score="top2_sum", k=3
+        "topk_of_softmax", num_experts=8, groups=4, groups_kept=2, group_score="top2_sum"
     ),
 }
 
@@ -172,8 +179,11 @@ SETTINGS = {
 @pytest.mark.parametrize("moe", SETTINGS.values(), ids=SETTINGS)
 def test_settings_of_routers(moe: MoEConfig):
     split = check_law(moe, 2, "complete")
-    again = check_law(split, 2, "complete")  # in two steps as in one
-    assert again == complete.split_moe(moe, 4, "complete")
+    assert complete.split_moe(split, 2, "complete") == complete.split_moe(moe, 4, "complete")
+
+
+def test_what_is_split_may_be_split_again():
+    check_law(complete.split_moe(SETTINGS["groups by their two best, softmax"], 2, "complete"), 4, "complete")
 
 
 @pytest.mark.parametrize("activation", ["geglu", "gelu"])
@@ -184,25 +194,22 @@ def test_activations(activation: str):
         check_law(moe, 4, "partial", activation)
 
 
-@pytest.mark.parametrize(
-    ("moe", "form"),
-    [
-        (config_of("topk_of_softmax", renormalise=False), "complete"),
-        (config_of("sigmoid_bias", renormalise=False), "complete"),
-        (config_of("softmax_bias", zero_experts=2), "partial"),
-    ],
-)
-def test_the_layer_itself(moe: MoEConfig, form: complete.Form):
-    """Router, dispatch and kernel together, in float32, with shared experts."""
+def test_the_layer_itself():
+    """Router, dispatch and kernel together, in float32, with shared experts. Balance and importance losses are
+    scale-free and keep their values. (The partial form: in a whole model, ``test_partition_command.py``.)"""
+    moe = config_of("topk_of_softmax", renormalise=False)
     arrays = arrays_of(moe)
-    split = complete.split_moe(moe, 2, form)
+    split = complete.split_moe(moe, 2, "complete")
 
     @jax.jit
-    def run(layer: MoELayer) -> jax.Array:
-        return layer(jnp.asarray(X)[None], RouteContext())[0]
+    def run(layer: MoELayer) -> tuple[jax.Array, MoEMetrics]:
+        return layer(jnp.asarray(X)[None], RouteContext())
 
-    got = run(made(split, complete.split_arrays(arrays, moe, 2, form)))
-    close(np.asarray(got), np.asarray(run(made(moe, arrays))))
+    got, wanted = run(made(split, complete.split_arrays(arrays, moe, 2, "complete"))), run(made(moe, arrays))
+    close(np.asarray(got[0]), np.asarray(wanted[0]))
+    for name in ("balance", "importance"):
+        np.testing.assert_allclose(losses.LOSSES[name](got[1]), losses.LOSSES[name](wanted[1]), rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(got[1].routed), np.asarray(wanted[1].routed).repeat(2))
 
 
 def test_training_noise_is_that_of_the_original():
@@ -312,10 +319,10 @@ CAUSAL = [name for name in ABLE if routing.FAMILIES[name].causal]
 @pytest.mark.parametrize("name", CAUSAL)
 def test_equal_experts_at_the_boundary_stay_whole(name: str):
     """All experts alike: every score ties, and still whole runs are chosen, for token counts of every remainder."""
-    moe = config_of(name, num_experts=6, bias=False)
+    moe = config_of(name, bias=False)
     split = complete.split_moe(moe, 4, "complete")
     cut = router_weights(complete.split_arrays(arrays_of(moe), moe, 4, "complete"))
-    cut = {n: np.broadcast_to(a[..., :1], a.shape) for n, a in cut.items()}
+    cut: dict[str, Any] = {n: np.broadcast_to(a[..., :1], a.shape) for n, a in cut.items()}
     for count in (1, 7):
         table = route(X[:count], cut, split.router)
         assert wholly(table, 4, split.router.k).all()
@@ -335,10 +342,10 @@ def perturbed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_matmul_that_sums_in_another_order_splits_no_expert(name: str, monkeypatch: pytest.MonkeyPatch):
     """Near-ties between experts, where the last bits decide: without the rule groups are split, with it none is."""
-    moe = config_of(name, num_experts=6, bias=False)
+    moe = config_of(name, bias=False)
     split = complete.split_moe(moe, 2, "complete")
     cut = router_weights(complete.split_arrays(arrays_of(moe), moe, 2, "complete"))
-    cut = {n: np.broadcast_to(a[..., :1], a.shape) for n, a in cut.items()}
+    cut: dict[str, Any] = {n: np.broadcast_to(a[..., :1], a.shape) for n, a in cut.items()}
     perturbed(monkeypatch)
     ctx, x = RouteContext(), jnp.asarray(X)
     family = routing.FAMILIES[split.router.name]
@@ -354,7 +361,9 @@ def test_each_copy_has_its_own_gradient_and_may_move(monkeypatch: pytest.MonkeyP
     tied, plain = RouterConfig(copies=2), RouterConfig()
 
     def pull(config: RouterConfig) -> tuple[jax.Array, jax.Array]:
-        return jax.vjp(lambda x, k: routing.pieces.project(x, k, config), jnp.asarray(X), jnp.asarray(kernel))[1](cotangent)
+        return jax.vjp(lambda x, k: routing.pieces.project(x, k, config), jnp.asarray(X), jnp.asarray(kernel))[1](
+            cotangent
+        )
 
     for with_ties, without in zip(pull(tied), pull(plain), strict=True):
         np.testing.assert_array_equal(with_ties, without)
@@ -372,9 +381,7 @@ def test_without_copies_the_program_has_no_trace_of_them(name: str):
     moe = config_of(name)
     weights = router_weights(arrays_of(moe))
     for train in (False, True):
-        jaxpr = str(jax.make_jaxpr(lambda x, train=train: route(x, weights, moe.router, train))(X))
-        assert "custom_jvp" not in jaxpr.replace("custom_jvp_call[\n      name=softplus", "") or name == "noisy_topk"
-        assert "_as_first" not in jaxpr
+        assert "_as_first" not in str(jax.make_jaxpr(lambda x, train=train: route(x, weights, moe.router, train))(X))
     tied = dataclasses.replace(moe.router, copies=2)
     assert "_as_first" in str(jax.make_jaxpr(lambda x: route(x, weights, tied, False))(X))
 
@@ -397,15 +404,3 @@ def test_the_selection_bias_moves_as_before(name: str):
     wanted = complete.split_arrays({"router/arrays/bias": one}, moe, 2, "complete")["router/arrays/bias"]
     np.testing.assert_allclose(two, wanted, atol=1e-7)
     assert (np.asarray(one) != np.asarray(bias)).any()
-
-
-def test_balance_losses_keep_their_values():
-    """Balance, importance and load are scale-free; the z-loss is of logits and sees ``ln P`` more."""
-    moe = config_of("topk_of_softmax", renormalise=False, losses=())
-    split = complete.split_moe(moe, 2, "complete")
-    run = jax.jit(lambda layer: layer(jnp.asarray(X)[None], RouteContext())[1])
-    one = run(made(moe, arrays_of(moe)))
-    two = run(made(split, complete.split_arrays(arrays_of(moe), moe, 2, "complete")))
-    for name in ("balance", "importance"):
-        np.testing.assert_allclose(losses.LOSSES[name](two), losses.LOSSES[name](one), rtol=1e-5)
-    np.testing.assert_array_equal(np.asarray(two.routed), np.asarray(one.routed).repeat(2))

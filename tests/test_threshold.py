@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import limits, partition, replay, trace
+from moejax import dispatch, limits, partition, replay, trace
 from moejax.config import ConfigError, MoEConfig, RouterConfig
 from moejax.limits.threshold import STEPS
 from moejax.moe import MoELayer
@@ -309,3 +309,15 @@ def test_a_replay_counts_the_work_that_is_skipped():
         tally = replay.Tally()
         tally.add(sums)
         assert tally.rows([0])[-1]["skipped"] == float(sums.skipped[0])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pairs_that_overflow_a_buffer_are_counted_once(parts: int):
+    """A pair of which one part found no row was not computed: the balance of the metrics holds, in whole pairs."""
+    limit = (limits.threshold_drop(0.49, gap=0.05),)
+    layer = fakes.small_layer(dispatcher="ep", expert_dim=F, ep_buffer_factor=0.25, parts=parts)
+    x = jnp.concatenate([ranks.hidden()] * 4, axis=1)  # enough rows that 8 for each destination are too few
+    with dispatch.emulated(4):
+        _, m = jax.device_get(fakes.jit(lambda layer, x: layer(x, RouteContext(), limit))(layer, x))
+    assert float(m.overflow) > 0 and float(m.skipped) > 0
+    assert float(m.routed.sum() - m.dropped + m.added - m.overflow) == float(m.computed.sum())

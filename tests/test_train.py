@@ -170,7 +170,8 @@ def whole() -> tuple[dict[str, np.ndarray], StepMetrics]:
     return gradients(small_config(AUX))
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+# 4 is slow: the program with a loop over 4 micro-batches also runs in the next test, and 2 hold the law.
+@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_batch_scope_makes_micro_batches_exact(whole: tuple, accumulate: int):
     grads, metrics = gradients(small_config(AUX, accumulate=accumulate))
     assert whole[0].keys() == grads.keys()

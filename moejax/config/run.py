@@ -116,6 +116,8 @@ class TableConfig:
     factors: tuple[float, ...] = ()
     margin: float = 0.005
     """Bits per byte that a contrast must exceed."""
+    tune_steps: int = later(0)
+    """Steps for which a table that fine-tunes models trains each of them."""
     max_tokens: int = 0
     """Tokens of each domain that every arm reads. 0: all."""
     batch_size: int = 16

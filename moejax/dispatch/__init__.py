@@ -28,7 +28,7 @@ from moejax.dispatch.exchange import resolve
 from moejax.dispatch.expert_parallel import ExpertParallel, buffer_rows, exchange_plan, pieces
 from moejax.dispatch.one_rank import OneRank
 from moejax.dispatch.plans import PLANS, dense_plan, local_plan
-from moejax.dispatch.ranks import decide, merged
+from moejax.dispatch.ranks import decide, merged, whole_experts
 from moejax.dispatch.rows import combine, dispatch, unchanged, weighted_rows
 from moejax.dispatch.shards import emulated, expert_ranks, merge_shards, per_shard, shard_index, token_shards
 from moejax.types import DispatchPlan, Routing
@@ -37,7 +37,7 @@ __all__ = [
     "DISPATCHERS", "PLANS", "DispatchPlan", "Dispatcher", "ExpertParallel", "OneRank", "buffer_rows", "combine",
     "decide", "dense_plan", "dispatch", "emulated", "exchange_plan", "expert_ranks", "in_force", "local_plan",
     "merge_shards", "merged", "per_shard", "pieces", "resolve", "shard_index", "token_shards", "unchanged",
-    "weighted_rows",
+    "weighted_rows", "whole_experts",
 ]  # fmt: skip
 
 DISPATCHERS = (*PLANS, "ep")

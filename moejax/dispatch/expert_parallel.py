@@ -1,6 +1,7 @@
 """Expert parallelism: tokens travel to the devices that host their experts, and the results back.
 
-The ranks of the mesh axis "expert" host ``e = E / ranks`` consecutive experts each. A rank sorts its pairs by expert,
+The ranks of the mesh axis "expert" host ``e = E / ranks`` consecutive experts each; where experts are stored in parts
+(``moe.parts``), each part counts as one. A rank sorts its pairs by expert,
 so by destination too, and fills C rows for each destination; the counts are exchanged first, then the rows
 (``moejax.dispatch.exchange``); what was received is ordered by expert for the grouped FFN. The way back is the same in
 reverse, and the weighted sum is made at home, in the order of k: the same sum as on one device.
@@ -28,19 +29,22 @@ ROUNDED = 8
 """Rows for each destination are rounded up to a multiple of this."""
 
 
-def buffer_rows(config: MoEConfig, table: tuple[int, ...], tokens: int, ranks: int, experts: int | None = None) -> int:
+def buffer_rows(
+    config: MoEConfig, table: tuple[int, ...], tokens: int, ranks: int, experts: int | None = None, parts: int = 1
+) -> int:
     """C: rows for each destination, of a piece of ``tokens`` tokens whose Routing is ``[R, K]``. ``experts``: those in
-    force, where a transform made more or fewer of the config's.
+    force, parts counted one by one, where they are more or fewer than the config's. ``parts``: pairs that the table has
+    for each of the router's.
 
     Worst case: every token sends as many pairs to one rank as it has choices, or as the rank has experts. That takes a
     token's valid pairs to be of different experts, which every router and limit here keeps; a table that does not may
-    overflow, which is counted. With ``ep_buffer_factor`` f: ``ceil(f * t k / ranks)``, k of the router, rounded up to a
-    multiple of 8, at most the worst case.
+    overflow, which is counted. With ``ep_buffer_factor`` f: ``ceil(f * t k parts / ranks)``, k of the router, rounded
+    up to a multiple of 8, at most the worst case.
     """
     worst = table[0] * min(table[1], -(-(experts or config.num_experts) // ranks))
     if not config.ep_buffer_factor:
         return worst
-    wanted = math.ceil(round(config.ep_buffer_factor * tokens * config.router.k / ranks, 6))
+    wanted = math.ceil(round(config.ep_buffer_factor * tokens * config.router.k * parts / ranks, 6))
     return min(worst, -(-wanted // ROUNDED) * ROUNDED)
 
 
@@ -108,7 +112,8 @@ class ExpertParallel:
             table = routing_of(routing, part)
             tokens = part.stop - part.start
             experts = (table.probs.shape[1] - table.zero_experts) // table.groups_per_expert
-            capacity = buffer_rows(self.config, table.expert.shape, tokens, jax.lax.axis_size(AXIS), experts)
+            ranks, parts = jax.lax.axis_size(AXIS), table.parts_per_expert
+            capacity = buffer_rows(self.config, table.expert.shape, tokens, ranks, experts, parts)
             plan = exchange_plan(table, tokens, capacity)
             buffer = rows.dispatch(x[part], plan.home)
             if weigh:

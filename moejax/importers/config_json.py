@@ -145,6 +145,8 @@ def _canonical_router(r: RouterConfig) -> RouterConfig:
     changes: dict[str, Any] = {n: getattr(plain, n) for n in ("jitter", "bias_update_rate", "noncausal")}
     if r.groups == 1:
         changes |= {"groups_kept": 1, "group_score": "max"}
+    if r.groups == 1 or r.group_score == "max":
+        changes["copies"] = 1  # experts like others
     if r.name in ("sparsemixer", "switch"):  # which have no such choice
         changes["renormalise"] = False
     if r.name == "switch":

@@ -18,6 +18,7 @@ from moejax.limits.pieces import (
     Scope,
     best_of_token,
     capacity,
+    hosted_experts,
     keep_best,
     num_experts,
     of_layer,
@@ -95,9 +96,10 @@ def device_of(routing: Routing, ctx: RouteContext, ranks: int) -> tuple[Int[Arra
 
     Raises:
       ValueError: devices that do not divide the experts.
+      ConfigError: as :func:`moejax.limits.pieces.hosted_experts`.
     """
     experts = num_experts(routing)
-    size = experts // ranks if ranks else experts if ctx.local_experts is None else ctx.local_experts.shape[0]
+    size = experts // ranks if ranks else hosted_experts(routing, ctx).shape[0]
     if size < 1 or experts % size or (ranks and ranks * size != experts):
         raise ValueError(f"{experts} experts do not divide over {ranks or 'ranks'} devices of {size} each")
     return jnp.minimum(routing.expert // size, experts // size), experts // size

@@ -15,6 +15,7 @@ from moejax.limits.pieces import (
     Scope,
     best_of_token,
     capacity,
+    hosted_experts,
     keep_best,
     num_experts,
     of_layer,
@@ -127,8 +128,7 @@ def candidates(
     routing: Routing, ctx: RouteContext, floor: Float[Array, ""]
 ) -> tuple[Int[Array, "T e"], Bool[Array, "T e"]]:
     """The rank's own experts for each token, and which of them it had not been given and score above ``floor``."""
-    experts = num_experts(routing)
-    local = jnp.arange(experts, dtype=jnp.int32) if ctx.local_experts is None else ctx.local_experts
+    local = hosted_experts(routing, ctx)
     probs = routing.probs[:, local]
     chosen = jnp.any(routing.expert[:, :, None] == local, axis=1)  # also where an earlier limit dropped the pair
     above = (probs > floor) | (floor <= 0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.config import ConfigError
 from moejax.routing import computing
 from moejax.types import RouteContext, Routing
 
@@ -124,6 +125,22 @@ def mean_load(routing: Routing, ctx: RouteContext) -> Float[Array, ""]:
     zero-computation experts with their pairs do not count."""
     del ctx
     return jnp.sum(computing(routing)) / num_experts(routing)
+
+
+def hosted_experts(routing: Routing, ctx: RouteContext) -> Int[Array, "e"]:
+    """Ids of the experts that this rank hosts: all of them without expert parallelism.
+
+    Raises:
+      ConfigError: it hosts parts of experts only.
+    """
+    if ctx.local_experts is None:
+        return jnp.arange(num_experts(routing), dtype=jnp.int32)
+    if not ctx.local_experts.shape[0]:
+        raise ConfigError(
+            f"a limit asks which experts its rank hosts, and of the {num_experts(routing)} some lie in parts on "
+            "several ranks (moe.parts): choose as many ranks as divide the experts, or a limit that does not ask"
+        )
+    return ctx.local_experts
 
 
 def num_experts(routing: Routing) -> int:

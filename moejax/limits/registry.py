@@ -330,6 +330,33 @@ def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal
             )
 
 
+def check_ranks(limits: Iterable[Limit], config: MoEConfig, ranks: int) -> None:
+    """Whether limits fit ``ranks`` ranks of expert parallelism, real or virtual.
+
+    Raises:
+      ConfigError: a limit that asks which experts a rank hosts, where some lie in parts on several ranks.
+    """
+    if config.num_experts % ranks == 0:
+        return
+    divisors = [d for d in range(1, config.num_experts + 1) if config.num_experts % d == 0]
+    where = (
+        f"{ranks} ranks host parts of the moe.num_experts={config.num_experts} experts (moe.parts={config.parts}), not "
+        "whole ones"
+    )
+    for limit in limits:
+        name = type(limit).__name__
+        if isinstance(limit, ExpandedDrop) or getattr(limit, "expanded", False):
+            raise ConfigError(
+                f"{name} adds the experts of a token's own rank, and {where}: choose ranks of {divisors}, or a limit "
+                "that only drops"
+            )
+        if getattr(limit, "ranks", 1) == 0 and getattr(limit, "load_aware", "") != "none":
+            raise ConfigError(
+                f"{name} follows the loads of devices, and {where}: say ranks={max(d for d in divisors if d <= ranks)} "
+                "in its text, so that the devices that share an expert count as one"
+            )
+
+
 def describe(limits: Iterable[Limit]) -> list[dict[str, Any]]:
     """Each limit as JSON values: the name of its class, and its fields; later options only where they are used."""
 

@@ -99,7 +99,9 @@ def merge_moe(moe: MoEConfig, parts: int = 0) -> tuple[MoEConfig, int, Form]:
     form: Form = "partial" if moe.parts > 1 else "complete"
     there, field = (moe.parts, "moe.parts") if form == "partial" else (moe.router.copies, "router.copies")
     if there == 1:
-        raise ConfigError("moe.parts=1 and router.copies=1: no expert of this model is split, so there is nothing to merge")
+        raise ConfigError(
+            "moe.parts=1 and router.copies=1: no expert of this model is split, so there is nothing to merge"
+        )
     parts = parts or there
     if parts < 2 or there % parts:
         raise ConfigError(f"parts={parts}: must be 2 or more and divide {field}={there}; 0 merges all")
@@ -131,7 +133,7 @@ def merge_arrays(arrays: Arrays, moe: MoEConfig, parts: int = 0, moment: Moment 
     :func:`split_arrays`.
 
     Raises:
-      ConfigError: copies of the router's columns (or of a down bias) differ, so that no unsplit layer computes the same.
+      ConfigError: copies of the router's columns (or of a down bias) differ: no unsplit layer computes the same.
     """
     merged, parts, form = merge_moe(moe, parts)
     rules = _rules(merged, parts, form)
@@ -150,7 +152,9 @@ def prune(arrays: Arrays, moe: MoEConfig, kept: Any) -> tuple[dict[str, Any], Mo
     if ids.ndim != 1 or not len(ids) or len(set(ids.tolist())) < len(ids) or not set(ids.tolist()) <= set(
         range(moe.num_experts)
     ):  # fmt: skip
-        raise ConfigError(f"kept={ids.tolist()}: must name experts once each, in [0, moe.num_experts={moe.num_experts})")
+        raise ConfigError(
+            f"kept={ids.tolist()}: must name experts once each, in [0, moe.num_experts={moe.num_experts})"
+        )
     if moe.parts > 1 or moe.router.copies > 1 or moe.router.groups > 1:
         raise ConfigError(
             f"moe.parts={moe.parts}, router.copies={moe.router.copies}, router.groups={moe.router.groups}: experts are "
@@ -262,9 +266,9 @@ def _merge(name: str, array: Any, rule: _Rule | None, parts: int, moment: Moment
         if different.any():
             moved = np.moveaxis(different, expert, 0).reshape(different.shape[expert], -1).any(axis=1)
             raise ConfigError(
-                f"{name}: the {parts} copies of {int(moved.sum())} of {len(moved)} experts are no longer equal (training "
-                "moves them apart), so no unsplit layer computes the same: keep the split model, or merge the "
-                "checkpoint from before"
+                f"{name}: the {parts} copies of {int(moved.sum())} of {len(moved)} experts are no longer equal "
+                "(training moves them apart), so no unsplit layer computes the same: keep the split model, or merge "
+                "the checkpoint from before"
             )
         array = first
     else:

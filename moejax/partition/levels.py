@@ -56,7 +56,7 @@ def spread(routing: Routing, parts: int, held: int = 0) -> Routing:
     return dataclasses.replace(
         routing, expert=expert.reshape(shape), valid=valid.reshape(shape), weight=copied(routing.weight),
         score=copied(routing.score), probs=widened(routing.probs), level=None,
-        token=None if routing.token is None else jnp.repeat(routing.token, parts),
+        token=None if routing.token is None else jnp.repeat(routing.token, parts), parts_per_expert=parts,
     )  # fmt: skip
 
 

@@ -88,8 +88,8 @@ def shares(
     stand). Importance below 0 (of the signed metrics) counts as 0. NaN for an expert that has none."""
     positive = np.maximum(np.asarray(importance, np.float64), 0.0)
     placed = positive if order is None else np.take_along_axis(positive, order, axis=-1)
-    held = np.cumsum(placed, axis=-1)[..., np.asarray(columns) - 1]
-    whole = positive.sum(axis=-1, keepdims=True)
+    sums = np.cumsum(placed, axis=-1)
+    held, whole = sums[..., np.asarray(columns) - 1], sums[..., -1:]
     return np.divide(held, whole, out=np.full_like(held, np.nan), where=whole > 0)
 
 

@@ -42,8 +42,8 @@ def merge_checkpoint(arrays: dict[str, Any], moe: MoEConfig, parts: int = 0) -> 
 
 
 def layer_array(path: str) -> tuple[str, Moment]:
-    """``("store/up", 1)`` for ``opt_state/1/0/mu/groups/0/blocks/0/moe/store/up``; ``("", 0)`` for an array that is none
-    of an MoE layer's router and routed experts.
+    """``("store/up", 1)`` for ``opt_state/1/0/mu/groups/0/blocks/0/moe/store/up``; ``("", 0)`` for an array that is
+    none of an MoE layer's router and routed experts.
 
     Raises:
       ValueError: an array of the optimizer that mirrors such a one and is neither moment of Adam.

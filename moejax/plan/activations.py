@@ -57,7 +57,7 @@ def moe(s: Sizes) -> Iterator[Array]:
     m, c, d = s.model.moe, s.itemsize, s.model.dim
     yield from router(s)
     of_rows = 4 if s.expert_parallel else 2  # there also the order of received rows by expert, and the way back
-    yield Array("dispatch plan", "rows of pairs, pairs of rows", (s.pairs + of_rows * s.rows) * INT)
+    yield Array("dispatch plan", "rows of pairs, pairs of rows", (s.pairs * m.parts + of_rows * s.rows) * INT)
     yield Array("rows [P,D]", "inputs and outputs of experts", 2 * s.rows * d * c)
     if m.weigh == "input":
         yield Array("rows [P,D]", "inputs before their weight, and that, in float32", s.rows * (d + 1) * F32)
@@ -222,13 +222,13 @@ def backward_of_ffn(s: Sizes, is_moe: bool) -> list[Array]:
         found += _padded(s, d_outputs=2, hiddens=2 * s.matrices)
     elif s.back_end != "cpu_tiled":  # which holds tiles of them only
         found.append(Array("hidden [P,F]", "gradients of hidden", s.matrices * s.rows * s.expert_dim * c))
-    weights = s.matrices * m.num_experts * d * s.expert_dim * F32
+    weights = s.matrices * m.stored_experts * d * s.expert_dim * F32
     return [*found, Array("expert weights", "this layer's gradients, all experts", weights)]
 
 
 def _padded(s: Sizes, d_outputs: int, hiddens: int) -> list[Array]:
     """Of the back end ``padded``: blocks of C rows for every expert, inputs and outputs, and hidden ones in float32."""
-    blocks = s.model.moe.num_experts * padded.capacity(s.rows, s.model.moe.num_experts)
+    blocks = s.model.moe.stored_experts * padded.capacity(s.rows, s.model.moe.stored_experts)
     return [
         Array("rows [P,D]", "blocks of rows", (1 + d_outputs) * blocks * s.model.dim * s.itemsize),
         Array("hidden [P,F]", "blocks of hidden", hiddens * blocks * s.expert_dim * F32),
@@ -293,7 +293,7 @@ def parameters(model: ModelConfig, s: Sizes) -> dict[str, int]:
         "norms": count.block_norms(model) + count.norm_parameters(model),
         "attention": attentions * attention_parameters(s),
         "router": moes * sum(count.router_parameters(model)) if moes else 0,
-        "expert weights": moes * -(-m.num_experts // s.expert_shards) * (s.matrices * d * s.expert_dim + biases),
+        "expert weights": moes * -(-m.stored_experts // s.expert_shards) * (s.matrices * d * s.expert_dim + biases),
         "dense FFN": count.dense_ffns(model) * s.matrices * d * s.ffn_dim,
         "shared experts": moes * (s.matrices * d * s.shared_dim + gate),
         "multi-token prediction": _prediction_parameters(s),
@@ -305,6 +305,6 @@ def _prediction_parameters(s: Sizes) -> int:
     model, moe = s.model, s.model.moe
     if not model.mtp_layers or not layer_groups(model)[-1][0][-1]:
         return count.prediction_parameters(model)
-    one = count.ffn_parameters(model.dim, moe.expert_dim, model.activation) + count.expert_biases(model)
-    elsewhere = moe.num_experts - -(-moe.num_experts // s.expert_shards)
+    one = (count.ffn_parameters(model.dim, moe.expert_dim, model.activation) + count.expert_biases(model)) // moe.parts
+    elsewhere = moe.stored_experts - -(-moe.stored_experts // s.expert_shards)
     return count.prediction_parameters(model) - model.mtp_layers * elsewhere * one

@@ -71,7 +71,8 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
     sums = layers * (5 * s.choices + 2) * F32
     if s.expert_parallel:
         experts //= s.expert_shards
-        buffer, counts = s.rows * model.dim * s.itemsize, len(pieces(model.moe, s.tokens)) * model.moe.num_experts * INT
+        counts = len(pieces(model.moe, s.tokens)) * model.moe.stored_experts * INT
+        buffer = s.rows * model.dim * s.itemsize
         of_experts = [
             Collective("all-to-all", "rows to their experts and back", "expert", s.expert_shards,
                        2 * (passes + 1) * layers * buffer * micros),

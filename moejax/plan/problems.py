@@ -40,8 +40,9 @@ def problems(config: ExperimentConfig, mesh: MeshConfig) -> list[Problem]:
     if False in flags or model.wiring == "longcat":
         split("model.ffn_dim", model.ffn_dim, "model")
     if True in flags:
-        split("model.moe.num_experts", moe.num_experts, "expert")
-        split("model.moe.expert_dim", moe.expert_dim, "model")
+        of_parts, one = (" x parts", " / parts") if moe.parts > 1 else ("", "")
+        split("model.moe.num_experts" + of_parts, moe.stored_experts, "expert")
+        split("model.moe.expert_dim" + one, moe.stored_dim, "model")
         if moe.shared_dim:
             split("model.moe.shared_dim", moe.shared_dim, "model")
         elif moe.shared_experts and moe.expert_dim % mesh.model:

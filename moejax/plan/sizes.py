@@ -62,7 +62,7 @@ def back_end(model: ModelConfig, rows: int, platform: Platform) -> str:
 def _experts(model: ModelConfig, rows: int) -> tuple[Any, Weights]:
     """Shapes, in the place of arrays, of the rows and weights of one layer's experts."""
     moe = model.moe
-    specs = expert_specs(moe.num_experts, model.dim, moe.expert_dim, model.activation, moe.expert_bias)
+    specs = expert_specs(moe.stored_experts, model.dim, moe.stored_dim, model.activation, moe.expert_bias)
     shapes: dict[str, Any] = {"gate": None} | {
         n: jax.ShapeDtypeStruct(spec.shape, model.compute_dtype) for n, spec in specs.items()
     }
@@ -125,7 +125,8 @@ class Sizes:
 
     @property
     def expert_dim(self) -> int:
-        return _share(self.model.moe.expert_dim, self.model_shards)
+        """Width of an expert as it is stored: of a part, where it is stored in parts."""
+        return _share(self.model.moe.stored_dim, self.model_shards)
 
     @property
     def ffn_dim(self) -> int:
@@ -160,8 +161,8 @@ class Sizes:
 
     @property
     def experts(self) -> int:
-        """Experts whose weights a device computes with."""
-        experts = self.model.moe.num_experts
+        """Experts, as they are stored, whose weights a device computes with."""
+        experts = self.model.moe.stored_experts
         return _share(experts, self.expert_shards) if self.expert_parallel else experts
 
     @property
@@ -169,12 +170,15 @@ class Sizes:
         """P, rows of experts; under expert parallelism those of the buffers, of all pieces."""
         moe = self.model.moe
         if not self.expert_parallel:
-            return moe.num_experts * self.tokens if moe.dispatcher == "dense" else self.pairs
+            return moe.stored_experts * self.tokens if moe.dispatcher == "dense" else self.pairs * moe.parts
         rows = 0
         for part in pieces(moe, self.tokens):
             tokens = part.stop - part.start
-            table = (self.pairs, 1) if moe.router.name == "expert_choice" else (tokens, moe.router.k)
-            rows += self.expert_shards * buffer_rows(moe, table, tokens, self.expert_shards)
+            expert_choice = moe.router.name == "expert_choice"
+            table = (self.pairs * moe.parts, 1) if expert_choice else (tokens, moe.router.k * moe.parts)
+            rows += self.expert_shards * buffer_rows(
+                moe, table, tokens, self.expert_shards, moe.stored_experts, moe.parts
+            )
         return rows
 
     @property

@@ -58,8 +58,8 @@ def in_best_groups(scores: Float[Array, "T E"], config: RouterConfig) -> Float[A
 
     A group's score is that of its best expert (DeepSeek-V2, 2405.04434, section 2.2.2) or the sum of its two best
     (DeepSeek-V3, 2412.19437, section 2.1.2), which with ``router.copies`` are the means of its best and its second run
-    of copies. -inf and not 0: a score with a selection bias may lie below 0, and a 0 would then let an expert of a group
-    that was left out win.
+    of copies. -inf and not 0: a score with a selection bias may lie below 0, and a 0 would then let an expert of a
+    group that was left out win.
     """
     if config.groups == 1:
         return scores

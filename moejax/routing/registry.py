@@ -47,8 +47,8 @@ class RouterFamily:
     copied: Literal["divide", "keep", "no"]
     """What becomes of a score where each expert's column stands P times (the complete transformation of DualSparse-MoE,
     :mod:`moejax.partition.complete`). "divide": each copy has 1/P of it (a softmax over all experts); "keep": each has
-    the whole (a sigmoid). The k P best must be the copies of the k best, and arrays of kind "state" must be added to the
-    scores that choose. "no": something else, so that the transformation is refused."""
+    the whole (a sigmoid). The k P best must be the copies of the k best, and arrays of kind "state" must be added to
+    the scores that choose. "no": something else, so that the transformation is refused."""
     wider: str
     """Family that with k above 1 and ``renormalise=False`` does to any number of choices what this one does to
     ``max_k``; "": none."""
@@ -174,6 +174,6 @@ def _check_copies(config: RouterConfig, num_experts: int, zero_experts: int) -> 
     for name, size in sizes.items():
         if size % config.copies:
             raise ConfigError(
-                f"router.copies={config.copies}: experts with ids next to each other are copies of one, chosen together, "
-                f"so it must divide {name}={size}; set router.copies=1 for experts that are chosen one by one"
+                f"router.copies={config.copies}: experts with ids next to each other are copies of one, chosen "
+                f"together, so it must divide {name}={size}; set router.copies=1 for experts that are chosen one by one"
             )

@@ -1,0 +1,217 @@
+"""The tables of ``experiments.papers.dualsparse``: what they ask for, with a stand-in for the measuring; the models
+that they make of a run; and, in the slow test, the whole way through the command."""
+
+import dataclasses
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import dualsparse_settings as settings
+from experiments.papers import dualsparse
+from moejax import sharding
+from moejax.config import ConfigError, ExperimentConfig, MoEConfig, RouterConfig, from_mapping
+from moejax.data import load_corpus
+from moejax.loop import resolve_vocab
+from moejax.report import build_report
+from moejax.results import append_rows, environment_facts, read_rows
+from moejax.train import Trainer
+from tests.small import execute, load, load_plain, start
+
+CONFIG = load("configs.papers.dualsparse", "tiny")
+LABS = {name: load("configs.papers.dualsparse", f"tiny,model={name}_like") for name in settings.MODELS}
+VALUES = {"1": 9 + 2, "2": 9, "3": 10, "thresholds": 19, "importance": 7, "layers": 4 * 3}
+
+
+class Score:
+    """Bits per byte ``value`` in every one of ten batches, with a little noise."""
+
+    def __init__(self, value: float) -> None:
+        self.bits_per_byte = value
+        noise = np.random.default_rng(0).normal(0, 1e-4, 10)
+        self.per_batch = [((value + e) * math.log(2) * 100, 100) for e in noise]
+
+
+def measured(setting: settings.Setting) -> dualsparse.Measured:
+    """Quality falls with the drop rate, less where neurons are sorted; a partition changes nothing."""
+    value = 1.0 + 0.2 * setting.rate * (0.5 if setting.model.startswith("order:") else 1.0)
+    value += 0.1 if setting.model.startswith("kept:") else 0.0
+    value -= 0.01 * int(setting.model[6:]) if setting.model.startswith("tuned:") else 0.0
+    halved = 0.04 if setting.rule == "2T" else 0.0
+    facts = {"threshold": 0.3} if setting.rule in ("1T", "2T") else {}
+    return dualsparse.Measured({"a": Score(value)}, setting.rate, halved, setting.rate, setting.rate, 0.0, facts)  # ty: ignore
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``(config) -> (settings that were measured, lines)`` of a call of make_table in one workdir."""
+
+    def table(config: ExperimentConfig = CONFIG) -> tuple[list[settings.Setting], list[str]]:
+        asked: list[settings.Setting] = []
+        lines: list[str] = []
+
+        def measure(self: Any, setting: settings.Setting) -> Any:
+            asked.append(setting)
+            return measured(setting)
+
+        def scores(self: Any, key: str) -> Any:  # of four layers; all is dropped from T = 1/8 on
+            return types.SimpleNamespace(rates=lambda at, rule: np.full(4, min(8 * at, 1)),
+                                         rate=lambda at, rule: min(8 * at, 1.0))  # fmt: skip
+
+        monkeypatch.setattr(dualsparse.Models, "measure", measure)
+        monkeypatch.setattr(dualsparse.Models, "scores", scores)
+        monkeypatch.setattr(dualsparse, "weights_hash", lambda states: "0" * 12)
+        monkeypatch.setattr(dualsparse, "token_shards", lambda mesh: 1)
+        state = types.SimpleNamespace(params=None, router_state=None)
+        run: Any = types.SimpleNamespace(best=lambda: (state, 0), mesh=None, config=config)
+        facts = {"data": {"hash": "d"}, "command": "python -m experiments.run"} | environment_facts()
+        dualsparse.make_table(config, {0: run}, tmp_path, facts, lines.append)
+        return asked, lines
+
+    return table
+
+
+def test_rows_and_contrasts_of_all_tables_and_none_is_made_twice(make, tmp_path: Path):
+    make()
+    rows = read_rows(tmp_path / "results.jsonl")
+    by_name = {(r.table, r.row): r for r in rows}
+    for table in settings.TABLES:
+        values = [r for r in rows if r.table == table and r.kind == "value"]
+        claims = [r for r in rows if r.table == table and r.kind == "contrast"]
+        assert [c.row for c in claims] == [c.name for c in settings.contrasts(table, CONFIG)]
+        assert all(c.verdict and c.verdict != "not run" for c in claims)
+        assert len(values) == (VALUES[table] if table != "layers" else 5 * 3), table  # T = 0, 1/16, 1/8; four and all
+    assert by_name["1", "no training, P=1"].baseline_row == "" and by_name["2", "1T"].baseline_row == "no drop"
+    assert by_name["1", "exactness, P=2"].verdict == "reproduced" and by_name["1", "exactness, P=2"].value == 0
+    assert by_name["1", "fine-tuned + 1T, P=4"].published == 70.88
+    assert by_name["2", "2T reconstruct"].published == 71.04
+    assert by_name["3", "EEP, 6 of 8 experts"].published == -8.0
+    assert by_name["3", "EEP, 4 of 8 experts + EES"].published == -36.4
+    assert by_name["2", "2T reconstruct loses less than 1T"].verdict == "direction (one model)"
+    assert by_name["2", "2T reconstruct loses less than 1T"].exercised_share == 0.04  # what is halved, not the 25 %
+    assert by_name["thresholds", "1T, 30% dropped"].extra["x"] == 0.3
+    before = (tmp_path / "results.jsonl").read_bytes()
+    again, lines = make()
+    assert again == [] and [line.endswith("done before") for line in lines] == [True] * 6
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    (tmp_path / "results.jsonl").unlink()
+    append_rows(tmp_path / "results.jsonl", [r for r in rows if r.table in ("1", "layers")])
+    again, _ = make()  # as if it had been stopped after the first
+    assert {s.name for s in again}.isdisjoint({r.row for r in rows if r.table == "1"})
+    build_report([tmp_path])
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_contrasts_name_rows_and_at_most_three_are_primary(name: str):
+    config = LABS[name]
+    dualsparse.check(config)
+    for table in settings.TABLES:
+        asked = settings.settings(table, config)
+        names = [s.name for s in asked]
+        claims = settings.contrasts(table, config)
+        assert len(set(names)) == len(names) and {c.arm_a for c in claims} | {c.arm_b for c in claims} <= set(names)
+        assert sum(c.primary for c in claims) <= 3 and (claims == [] or any(c.primary for c in claims))
+        assert all(0 <= s.rate < 1 and s.gap < 1 / config.model.moe.router.k for s in asked)
+    assert settings.published_model(config) == name
+    # EEP is for few experts: of 16 a half is too many sets, of 8 it is not
+    assert settings.kept_of(config) == ([6, 4] if name == "mixtral" else [12])
+
+
+def test_fewer_experts_per_token_as_the_family_allows():
+    def rows(router: RouterConfig) -> dict[str, settings.Setting]:
+        moe = MoEConfig(num_experts=8, expert_dim=64, router=router)
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
+        return {s.name: s for s in settings.settings("3", config) if s.name.startswith("top-")}
+
+    assert rows(RouterConfig("softmax_of_topk", k=2))["top-1 of 2"].rule == "best"  # its family has no k = 1
+    assert rows(RouterConfig("topk_of_softmax", k=4))["top-3 of 4"].model == "top:3"
+    assert rows(RouterConfig("sparsemixer", k=2)) == {}
+
+
+def test_what_a_table_cannot_be_is_refused_before_training():
+    def changed(table: dict | None = None, moe: dict | None = None, **fields: Any) -> ExperimentConfig:
+        model = dataclasses.replace(CONFIG.model, moe=dataclasses.replace(CONFIG.model.moe, **(moe or {})))
+        return dataclasses.replace(
+            CONFIG, model=model, table=dataclasses.replace(CONFIG.table, **(table or {})), **fields
+        )
+
+    for config, why in (
+        (changed({"tables": ("4",)}), "'4' is none of 1, 2, 3"),
+        (changed({"tables": ("1", "1")}), "each once"),
+        (changed({"tune_steps": -1}), "0 or more"),
+        (changed(train=dataclasses.replace(CONFIG.train, steps=0)), "with train.steps=0"),
+        (changed(moe={"router": RouterConfig("switch", k=1)}), "two or more"),
+        (changed(moe={"router": RouterConfig("expert_choice", noncausal="allow")}), "its rows are pairs"),
+        (changed(moe={"router": RouterConfig("sparsemixer", k=2)}), "has no complete form"),
+        (changed(moe={"parts": 2}), "merge them first"),
+        (changed(moe={"first_dense": 4}), "needs a model with experts"),
+        (changed(eval=dataclasses.replace(CONFIG.eval, final_split="valid")), "calibrate on that text"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            dualsparse.check(config)
+
+
+def test_names_of_variants():
+    from configs.papers.dualsparse import get_config
+
+    for text in ("huge", "tiny,model=gpt", "tiny,seeds=3", "paper,model=olmoe_like"):
+        with pytest.raises(ValueError, match="tiny, lab, paper or paper=FOLDER"):
+            get_config(text)
+    lab = load("configs.papers.dualsparse", "lab")
+    assert lab.table.seeds == (0, 1, 2) and lab.model.moe.num_experts == 8
+
+
+# --- models of a run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(workspace: Path, compiled_once) -> dualsparse.Models:
+    """Of a model that nobody trained, on text."""
+    given = load_plain(workspace / "small_config.py")
+    given.model.num_layers = 2
+    given.table.batch_size, given.table.max_tokens, given.table.tune_steps = 8, 512, 2
+    given.eval.batch_size = 8
+    config = from_mapping(ExperimentConfig, given)
+    corpus = load_corpus(config.data)
+    config = resolve_vocab(config, corpus)
+    mesh = sharding.make_mesh(config.mesh)
+    trainer = Trainer(config, np.ones(config.model.vocab_size, np.int32), mesh)
+    run: Any = types.SimpleNamespace(config=config, corpus=corpus, mesh=mesh, trainer=trainer)
+    return dualsparse.Models(run, start(trainer))
+
+
+def test_an_arm_does_the_work_that_it_says(models: dualsparse.Models):
+    """Thresholds come from validation text, the rate is counted on test text: other text, so a little off."""
+    sorted_ = "order:gate_up_abs"
+    two = models.measure(settings.Setting("two", "two", sorted_, "2T", 0.25, 0.04))
+    assert two.rate == pytest.approx(two.dropped + two.halved / 2, abs=1e-6) and two.halved > 0.01
+    assert two.rate == pytest.approx(0.25, abs=0.03) and two.facts["limit"].startswith("threshold_drop:threshold=")
+    assert models.measure(settings.Setting("another name", "two", sorted_, "2T", 0.25, 0.04)) is two
+    assert set(models._importance.sums) == {"gate", "gate_abs", "gate_up", "gate_up_abs", "output"}  # ty: ignore
+
+
+@pytest.mark.slow  # fast: the test above, and the stand-in for all settings
+def test_all_tables_through_the_command(workspace: Path, tmp_path: Path, compiled_once):
+    config = [f"--config={workspace / 'small_config.py'}", f"--workdir={tmp_path / 'run'}"]
+    config += ["--config.table.name=dualsparse", "--config.table.tune_steps=2",
+               "--config.table.tables=('1','2','3','thresholds','importance','layers')"]  # fmt: skip
+    assert execute(*config) == 0
+    rows = {(r.table, r.row): r for r in read_rows(tmp_path / "run" / "results.jsonl") if r.paper == "dualsparse"}
+    base = rows["2", settings.BASELINE]
+    assert rows["1", "no training, P=1"].value == base.value and rows["1", "exactness, P=4"].verdict == "reproduced"
+    assert rows["1", "fine-tuned, P=2"].value != base.value
+    for name in ("2T partition", "2T reconstruct", "2T reconstruct, wide"):
+        assert rows["2", name].extra["drop_rate"] == pytest.approx(0.25, abs=0.03)
+    skip = rows["3", "EES"].extra
+    assert skip["drop_rate"] == pytest.approx(0.25, abs=0.03) and len(skip["calibrated"]["0"]["beta"]) == 2
+    pruned = rows["3", "EEP, 3 of 4 experts"]
+    assert pruned.extra["drop_rate"] == 0 and len(pruned.extra["calibrated"]["0"]["kept"]) == 2
+    assert rows["3", "top-1 of 2"].extra["drop_rate"] == pytest.approx(0.5)
+    assert rows["3", "top-1 of 2"].extra["tokens_without_expert_share"] == 0
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    assert execute(*config) == 0
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+    build_report([tmp_path / "run"])

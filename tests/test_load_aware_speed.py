@@ -1,0 +1,50 @@
+"""experiments.load_aware_speed at a tiny size on 2 of the emulated devices: what its rows count, the check before."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import load_aware_speed, session
+from moejax.results import read_rows
+from tests.small import quick_compilation
+
+TINY = ["--tiny", "--devices=2", "--repeats=1", "--target_ms=0"]
+
+
+def run(output: Path, *arguments: str) -> int:
+    call = [f"--output={output}", *TINY, *arguments]
+    with quick_compilation():
+        return session.call(load_aware_speed.define_flags, load_aware_speed.command, call)
+
+
+def test_thresholds_by_load_drop_less_for_the_same_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    arms = load_aware_speed.arms_of
+    monkeypatch.setattr(load_aware_speed, "arms_of", lambda *a: [arm for arm in arms(*a) if arm.label[:2] != "1T"])
+    output = tmp_path / "rows.jsonl"
+    assert run(output) == 0
+    none, *rows = read_rows(output)
+    assert [row.row for row in rows] == ["olmoe, 2T", "olmoe, 2T, paper", "olmoe, 2T, water"]
+    assert none.value == 1 and none.extra["drop_rate"] == 0 and none.extra["max_over_mean"] > 1
+    everywhere, paper, water = (row.extra for row in rows)
+    assert everywhere["drop_rate"] == pytest.approx(0.25, abs=0.02)
+    assert water["predicted"] == everywhere["predicted"] > 1  # the busiest rank drops as much
+    assert water["drop_rate"] < paper["drop_rate"] < everywhere["drop_rate"]
+    for row in rows:
+        extra = row.extra
+        assert extra["predicted"] == max(none.extra["work_by_rank"]) / max(extra["work_by_rank"])
+        assert extra["share_of_predicted"] == row.value / extra["predicted"]
+
+
+def test_a_wrong_output_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(load_aware_speed, "arms_of", lambda *a: [load_aware_speed.Arm("none")])
+    monkeypatch.setattr(load_aware_speed, "difference", lambda a, b: (1.0, 0.5))
+    assert run(tmp_path / "rows.jsonl") == 2
+    assert "WRONG: olmoe, none: 50.00% of the tokens" in capsys.readouterr().err
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_flags_that_cannot_be_measured(tmp_path: Path, capsys):
+    assert run(tmp_path / "rows.jsonl", "--shape=gpt") == 2
+    assert "--shape=gpt: choose of olmoe" in capsys.readouterr().err
+    assert run(tmp_path / "rows.jsonl", "--devices=1") == 2
+    assert "1 devices: olmoe needs two or more" in capsys.readouterr().err
