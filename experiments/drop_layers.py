@@ -315,7 +315,7 @@ def moved(it: Ready, sizes: np.ndarray, extents: tuple[int, ...] | None, batch: 
     moe, dim = it.setting.moe, it.setting.dim
     widths = np.asarray(extents or (moe.expert_dim,))
     needed = np.where(sizes.reshape(len(sizes), -1, len(widths)) > 0, widths, 0).max(-1)
-    shared = sum(leaf.nbytes for leaf in jax.tree.leaves(it.layer.shared))
+    shared = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(it.layer.shared))
     fixed = 4 * dim * moe.num_experts + shared + 2 * 2 * batch * dim
     return {
         "touched_experts": float((needed > 0).sum(1).mean()),
@@ -343,7 +343,7 @@ def decode_rows(it: Ready, how: How, shared: dict[str, Any]) -> Iterator[ResultR
         for arm in arms:
             mine, found = facts[arm.label], figures(arm, times)
             mine |= {
-                "asked_rate": arm.rate, "batch": batch, "bound_by_bytes": facts["none"]["bytes"] / mine["bytes"],
+                "asked_rate": arm.rate, "tokens": batch, "bound_by_bytes": facts["none"]["bytes"] / mine["bytes"],
                 "gb_per_s": mine["bytes"] / times[arm.label].median / 1e9, "implementation": chosen(it, batch, arm),
             }  # fmt: skip
             yield row_of(shared, f"{it.setting.name}, {arm.label}", f"speedup/decode/{batch}", found, **mine)
@@ -367,3 +367,9 @@ def chosen(it: Ready, tokens: int, arm: Arm) -> str:
     if told.chosen is None:
         raise ConfigError(f"no back end can run {it.setting.name} here: {told}")
     return told.chosen
+
+
+PARTS: dict[str, Callable[[Ready, How, dict[str, Any]], Iterator[ResultRow]]] = {
+    "layer": layer_rows, "experts": experts_rows, "decode": decode_rows,
+}  # fmt: skip
+"""What of a layer can be timed."""

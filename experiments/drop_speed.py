@@ -1,6 +1,6 @@
 """Times threshold dropping (DualSparse-MoE, 2508.18376) against drop rate, on one device.
 
-    python -m experiments.drop_speed --shape=olmoe,mixtral --output=rows.jsonl
+    python -m experiments.drop_speed --shape=olmoe,mixtral --output=rows.jsonl \
         [--parts=layer,experts,decode,model] [--rates=0,0.1,0.25,0.4,0.5] [--batches=1,16,128,512] [--tiny]
 
 ``layer``
@@ -13,7 +13,8 @@
     The layer on a batch of single tokens, at a drop rate of ``--decode_rate``, with ``opportunistic_drop`` beside it;
     steps run in one program, as in generation. Experts touched, and the bytes that must move.
 ``model``
-    Prefill of a whole random model (``olmoe`` alone), thresholds for each layer solved on its own scores.
+    Prefill of a whole random model (of ``olmoe`` alone, after all layers), thresholds for each layer solved on its own
+    scores.
 
 Before anything is timed, outputs are compared with those of the reference form (two sub-experts where F halves into
 them) by another back end. All arms take turns, timing by timing, so that a change of the card's clock counts for all;
@@ -49,7 +50,9 @@ from moejax.thresholds import ScoreTable
 from moejax.types import Limit, MoEMetrics
 
 PAPER, TABLE = "dualsparse", "speed"
-PARTS = ("layer", "experts", "decode", "model")
+PARTS = (*drop_layers.PARTS, "model")
+MODEL = "olmoe"
+"""The shape whose whole model is timed: 14 GB of weights."""
 MODEL_BATCH, MODEL_CONTEXT = 16, 1024
 
 # --- a whole model --------------------------------------------------------------------------------
@@ -117,38 +120,46 @@ def quantiles(table: ScoreTable) -> dict[str, float]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def rows_of_shape(
+def measured(
+    names: list[str], parts: list[str], how: How, facts: dict[str, Any], room: Callable[[str], bool]
+) -> Iterator[ResultRow]:
+    """All rows, those of whole models last; ``room(what)``: whether there is time for another part."""
+    settings = {name: drop_scores.setting_of(name, tiny=how.tiny) for name in dict.fromkeys(names)}
+    shared = {
+        name: facts | {"config": setting.config.name, "config_hash": config_hash(setting.config),
+                       "scale": setting.config.scale, "batch_shape": (1, setting.tokens)}
+        for name, setting in settings.items()
+    }  # fmt: skip
+    wanted = [part for part in drop_layers.PARTS if part in parts]
+    for name, setting in settings.items():
+        if wanted and room(f"{name}: {', '.join(wanted)}"):
+            yield from layer_rows(setting, wanted, how, shared[name], room)
+            gc.collect()
+    if "model" in parts and MODEL in settings and room(f"{MODEL}: model"):
+        back_end = session.grouped_matmul_facts(settings[MODEL].config, 1)["implementation"]
+        for row in model_rows(settings[MODEL], how, shared[MODEL]):
+            yield dataclasses.replace(row, extra={"implementation": back_end} | row.extra)
+
+
+def layer_rows(
     setting: Setting, parts: list[str], how: How, shared: dict[str, Any], room: Callable[[str], bool]
 ) -> Iterator[ResultRow]:
-    """All rows of a shape; ``room(what)``: whether there is time for another part."""
-    shared = shared | {"config": setting.config.name, "config_hash": config_hash(setting.config),
-                       "scale": setting.config.scale, "batch_shape": (1, setting.tokens)}  # fmt: skip
-    if set(parts) & {"layer", "experts", "decode"} and room(f"{setting.name}: layer, experts, decode"):
-        it = ready(setting, how)
-        sizes = {"tokens": setting.tokens, "dim": setting.dim, "experts": setting.moe.num_experts,
-                 "k": setting.moe.router.k, "expert_dim": setting.moe.expert_dim, "scores": setting.scores}  # fmt: skip
-        back_ends = {arm.kind: chosen(it, setting.tokens, arm) for arm in it.arms}
-        for part, made in (
-            ("layer", drop_layers.layer_rows), ("experts", drop_layers.experts_rows),
-            ("decode", drop_layers.decode_rows),
-        ):  # fmt: skip
-            if part in parts and room(f"{setting.name}: {part}"):
-                for row in made(it, how, shared):
-                    kind = row.row.split(", ")[1]
-                    extra = {"implementation": back_ends.get(kind), **sizes} | row.extra
-                    yield dataclasses.replace(row, extra=extra)
-        del it
-        gc.collect()
-    if "model" in parts and setting.name == "olmoe" and room(f"{setting.name}: model"):
-        back_end = session.grouped_matmul_facts(setting.config, 1)["implementation"]
-        for row in model_rows(setting, how, shared):
-            yield dataclasses.replace(row, extra={"implementation": back_end} | row.extra)
+    """Rows of one layer, with its sizes and back end."""
+    it = ready(setting, how)
+    sizes = {"tokens": setting.tokens, "dim": setting.dim, "experts": setting.moe.num_experts,
+             "k": setting.moe.router.k, "expert_dim": setting.moe.expert_dim, "scores": setting.scores}  # fmt: skip
+    back_ends = {arm.label: chosen(it, setting.tokens, arm) for arm in it.arms}
+    for part in parts:
+        if room(f"{setting.name}: {part}"):
+            for row in drop_layers.PARTS[part](it, how, shared):
+                back_end = back_ends.get(row.row.partition(", ")[2])
+                yield dataclasses.replace(row, extra={"implementation": back_end, **sizes} | row.extra)
 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
     del argv
     for name, default, text in (
-        ("shape", ["olmoe"], f"Layers: {', '.join(SHAPES)}, in this order of time."),
+        ("shape", ["olmoe"], f"Layers, measured in this order: {', '.join(SHAPES)}."),
         ("parts", list(PARTS), "What to measure."),
         ("rates", ["0", "0.1", "0.25", "0.4", "0.5"], "Drop rates: shares of the routed work."),
         ("batches", ["1", "16", "128", "512"], "Tokens of a decoding step."),
@@ -157,7 +168,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_float("decode_rate", 0.25, "Drop rate of decoding.", 0.0, 0.99, flag_values=values)
     flags.DEFINE_integer("repeats", 20, "Timings of each arm.", 1, flag_values=values)
     flags.DEFINE_integer("target_ms", 20, "Calls of one timing take about so long together.", 0, flag_values=values)
-    flags.DEFINE_integer("seconds", 450, "No part begins after so many seconds.", 1, flag_values=values)
+    flags.DEFINE_integer("seconds", 360, "No part begins after so many seconds.", 1, flag_values=values)
     flags.DEFINE_bool("profile", True, "Profile some layers for the split into their parts.", flag_values=values)
     flags.DEFINE_bool("tiny", False, "Sizes of a CPU; times mean nothing.", flag_values=values)
     flags.DEFINE_string("output", None, "Results file (.jsonl) that rows are appended to.", flag_values=values)
@@ -208,11 +219,11 @@ def command(values: flags.FlagValues) -> int:
         session.say(f"{what} ({spent:.0f} s)")
         return True
 
-    for name in dict.fromkeys(values.shape):
-        for row in rows_of_shape(drop_scores.setting_of(name, tiny=how.tiny), values.parts, how, shared, room):
-            append_rows(Path(values.output), [row])  # each at once: a limit of time then loses one row
-            told = " of the limit".join(f"{v:.0%}" for v in [row.extra.get("share_of_proportional_limit")] if v)
-            session.say(f"{row.row:36s} {row.metric:20s} {row.value:.3f} {row.extra['median_ms']:.3f} ms {told}")
+    for row in measured(values.shape, values.parts, how, shared, room):
+        append_rows(Path(values.output), [row])  # each at once: a limit of time then loses one row
+        share = row.extra.get("share_of_proportional_limit")
+        told = f"{share:.0%} of the proportional limit" if share else ""
+        session.say(f"{row.row:36s} {row.metric:20s} {row.value:6.3f} {row.extra['median_ms']:9.3f} ms {told}")
     if left_out:
         session.say(f"left out after --seconds={values.seconds}: {'; '.join(left_out)}")
     return 1 if left_out else 0

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -66,6 +67,8 @@ def launch(define: Define, command: Command) -> None:
         return argv[:1] if code == 0 else sys.exit(code)
 
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # imports are over: see experiments/__init__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         define(flags.FLAGS, None)
         app.run(lambda argv: sys.exit(guarded(lambda: command(flags.FLAGS))), flags_parser=parser)
     except KeyboardInterrupt:  # also a second one, while the first is dealt with
@@ -353,6 +356,7 @@ def exchange_facts(config: ExperimentConfig, token_shards: int) -> dict[str, Any
     return {
         "exchange": exchange, "pieces": len(dispatch.pieces(moe, planned.tokens)), "ranks": ranks,
         "experts_of_a_rank": planned.experts, "rows": planned.rows, "buffer_factor": moe.ep_buffer_factor,
+        **({"parts": moe.parts} if moe.parts > 1 else {}),
     }  # fmt: skip
 
 
@@ -362,8 +366,9 @@ def exchange_line(facts: dict[str, Any] | None) -> list[str]:
         return []
     held = f"{facts['buffer_factor']:g} times an even share" if facts["buffer_factor"] else "the worst case"
     pieces = f" in {facts['pieces']} pieces" if facts["pieces"] > 1 else ""
+    what = f"experts in {facts['parts']} parts each, parts" if "parts" in facts else "experts"
     return [
-        f"experts over {facts['ranks']} ranks, {facts['experts_of_a_rank']} each; rows travel by "
+        f"{what} over {facts['ranks']} ranks, {facts['experts_of_a_rank']} each; rows travel by "
         f"{facts['exchange']!r} exchange{pieces}, {facts['rows']:,} rows reserved on each device ({held})"
     ]
 

@@ -16,7 +16,7 @@ export JAX_COMPILATION_CACHE_MAX_SIZE="${JAX_COMPILATION_CACHE_MAX_SIZE:-1073741
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.2}"
 
 # Tests start processes of the commands. Without kept bytecode (containers often ask for none, and the set-up compiles
-# none ahead) each of them compiles 1,200 modules of its packages anew: 5 s of its 8.
+# none ahead) each of them compiles its packages' modules anew, which takes longer than all else that an import does.
 unset PYTHONDONTWRITEBYTECODE
 
 workers="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"

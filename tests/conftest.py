@@ -4,7 +4,6 @@
 JAX reads these variables when it is imported, so they are set before the first test module is.
 """
 
-import gc
 import os
 import re
 import sys
@@ -44,13 +43,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file with the longest test goes first: a worker that met it last would work on while the others are done."""
     items.sort(key=lambda item: item.path.name != "test_soak.py")
-
-
-def pytest_collection_finish() -> None:
-    """What imports made stays for good: the collector need not walk it again and again while programs are traced."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="module")

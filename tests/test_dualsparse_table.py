@@ -194,10 +194,10 @@ def test_an_arm_does_the_work_that_it_says(models: dualsparse.Models):
 
 
 @pytest.mark.slow  # fast: the test above, and the stand-in for all settings
-def test_all_tables_through_the_command(workspace: Path, tmp_path: Path, compiled_once):
+def test_tables_through_the_command(workspace: Path, tmp_path: Path, compiled_once):
     config = [f"--config={workspace / 'small_config.py'}", f"--workdir={tmp_path / 'run'}"]
     config += ["--config.table.name=dualsparse", "--config.table.tune_steps=2",
-               "--config.table.tables=('1','2','3','thresholds','importance','layers')"]  # fmt: skip
+               "--config.table.tables=('1','2','3','layers')"]  # fmt: skip
     assert execute(*config) == 0
     rows = {(r.table, r.row): r for r in read_rows(tmp_path / "run" / "results.jsonl") if r.paper == "dualsparse"}
     base = rows["2", settings.BASELINE]

@@ -95,7 +95,7 @@ def test_sums_are_those_of_a_loop_over_pairs(activation: Any, bias: bool):
 
 
 ROUTERS = {
-    "virtual_ranks": {"virtual_ranks": 2},
+    "two_devices": {},
     "sigmoid_bias": {"router": fakes.router_config("sigmoid_bias", scale=2.5), "zero_experts": 4},
     "expert_choice": {"router": fakes.router_config("expert_choice")},
     "weigh_input": {"weigh": "input"},
@@ -113,7 +113,9 @@ def test_a_layer_sums_over_the_pairs_of_real_tokens(name: str):
     def run(layer: moe.MoELayer, x: jax.Array, mask: jax.Array) -> Any:
         return layer.reported(x, RouteContext(mask=mask, record=True, neurons=True), ())[1]
 
-    report = run(layer, x, mask)
+    with emulated(2 if name == "two_devices" else 1):
+        report = run(layer, x, mask)
+    assert report.record.kept.expert.shape[0] == (2 if name == "two_devices" else 1)
     tokens, weights, pairs = x.reshape(-1, fakes.DIM), layer.store.get(), []
     tables = report.record.kept
     for rank in range(tables.expert.shape[0]):  # each rank has its own tokens
@@ -192,6 +194,7 @@ def test_two_calls_are_one_and_limits_take_no_part(model: Decoder, measured: Imp
     assert all(np.ptp(values.sum(axis=(1, 2))) > 0 for values in measured.sums.values())  # layers differ
 
 
+@pytest.mark.slow
 def test_devices_share_the_text(model: Decoder, measured: Importance):
     """Also those of an expert axis, whatever the checkpoint's dispatcher: each computes its own tokens."""
     changed = dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, dispatcher="ep"))

@@ -51,3 +51,12 @@ def test_the_second_signal_ends_a_busy_process(first: signal.Signals):
     _, rest = process.communicate(timeout=30)
     assert process.returncode == EXIT_CODE == 130
     assert "ended at once: the same command goes on from the last finished checkpoint" in rest
+
+
+def test_ctrl_c_while_a_command_is_imported_prints_no_traceback():
+    """Python runs a package before the module that ``-m`` names, whose imports take seconds."""
+    ask = "import experiments, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    for first, status in (("-m", -signal.SIGINT), ("-c", 1)):
+        code = f"import sys; sys.argv[0] = {first!r}\ntry:\n    {ask}\nexcept KeyboardInterrupt:\n    sys.exit(1)"
+        made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (made.returncode, made.stderr) == (status, "")

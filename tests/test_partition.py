@@ -34,7 +34,8 @@ def config_of(name: str, **changes: Any) -> MoEConfig:
     router: dict[str, Any] = {"k": smallest_k(name), "noncausal": "allow", "scale": 1.7, "bias": "bias" in settings}
     moe: dict[str, Any] = {"num_experts": E, "expert_dim": F, "shared_experts": 1, "expert_bias": True}
     router |= {key: changes.pop(key) for key in list(changes) if key in RouterConfig.__dataclass_fields__}
-    return MoEConfig(router=RouterConfig(name=name, **router), **(moe | {"implementation": "ref"} | changes))
+    moe |= {"implementation": "ref", **changes}
+    return MoEConfig(router=RouterConfig(name=name, **router), **moe)
 
 
 def states_of(moe: MoEConfig, activation: str) -> tuple[Any, list]:

@@ -130,12 +130,6 @@ def test_a_factor_is_of_the_rows_that_travel(form):
         flight = jax.eval_shape(lambda layer, x: layer.begin(x, fakes.context(), limit), layer, hidden())
     tokens = FULL.size // degree
     assert flight.xs[0].shape == (degree, degree * tokens * 2 * 2 // degree, fakes.DIM)
-    assert float(run_on_emulated(layer, degree, limit).overflow) == 0  # two experts, both chosen: the load is even
-
-
-def run_on_emulated(layer: MoELayer, degree: int, limit):
-    with dispatch.emulated(degree):
-        return jax.jit(lambda layer, x: layer(x, fakes.context(), limit)[1])(layer, hidden())
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -154,7 +148,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("names", [("at random", "by load"), pytest.param(tuple(KEPT), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [("by load",), pytest.param(tuple(KEPT), marks=pytest.mark.slow)])
 def test_virtual_ranks_decide_as_more_ranks_than_experts(names):
     """Before pairs are spread over parts: the same pairs, pair by pair."""
     in_force = [KEPT[name] for name in names]
@@ -214,6 +208,7 @@ def in_parts(degree: int) -> Trainer:
     return checkpoints.trainer(MeshConfig(expert=degree), 8, moe=moe)
 
 
+@pytest.mark.slow
 def test_every_degree_reads_what_more_ranks_than_experts_saved(tmp_path):
     """8 ranks with half an expert each wrote, 2 with whole ones read: bit for bit, the optimizer's moments too."""
     writer = Checkpoints(tmp_path, keep=1)

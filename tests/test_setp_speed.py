@@ -31,15 +31,22 @@ def run(output: Path, *arguments: str) -> int:
         )
 
 
-@pytest.mark.parametrize(("groups", "tensor"), [(4, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
-def test_what_each_way_sends(groups: int, tensor: int):
+@pytest.mark.parametrize(
+    ("groups", "tensor", "ways"),
+    [
+        (4, 2, ("ETP", "S-ETP")),
+        pytest.param(4, 2, setp_speed.WAYS, marks=pytest.mark.slow),
+        pytest.param(2, 4, setp_speed.WAYS, marks=pytest.mark.slow),
+    ],
+)
+def test_what_each_way_sends(groups: int, tensor: int, ways: tuple[str, ...]):
     """Collectives of the compiled programs; bytes of the two ways of the paper are equal where buffers fit."""
     setting = Setting(experts=8, k=2, dim=16, expert_dim=8, tokens=TOKENS, repeats=1, target_ms=0)
     grid = setp_speed.Grid(groups, tensor, 8)
     expert = routing_tables("uniform", setting, TOKENS, 8)
     x = jax.ShapeDtypeStruct((8 * TOKENS, 16), jnp.float32)
     sent = {}
-    for way in setp_speed.WAYS:
+    for way in ways:
         factor = setp_speed.fitted(expert, grid, way)
         with quick_compilation():
             made = setp_speed.compiled(
@@ -82,7 +89,7 @@ def test_rows_are_written_for_each_way(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_a_layer_and_whole_trips_are_timed(tmp_path: Path):
+def test_a_layer_and_whole_trips_are_checked_and_timed(tmp_path: Path):
     output = tmp_path / "rows.jsonl"
     assert run(output, "--devices=4", "--measure=trip,layer") == 0
     *trips, true, soft = read_rows(output)
@@ -107,7 +114,6 @@ def test_what_does_not_come_back_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     x = np.ones((4 * TOKENS, 16), np.float32)
     args = (setting, setp_speed.Grid(2, 2, 4), "S-ETP", 0.0, x, routing_tables("uniform", setting, TOKENS, 4))
     with quick_compilation():
-        setp_speed.checked(*args)
         monkeypatch.setattr(setp_speed.Grid, "spread", swapped)
         with pytest.raises(ConfigError, match=r"WRONG: S-ETP: [1-9]"):
             setp_speed.checked(*args)

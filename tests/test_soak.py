@@ -24,9 +24,9 @@ from moejax import checkpoint, metrics
 from tests.small import write_workspace
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 100
+STEPS = 60
 SETTINGS = [
-    f"--config.train.steps={STEPS}", "--config.train.log_every=5", "--config.train.eval_every=50",
+    f"--config.train.steps={STEPS}", "--config.train.log_every=5", "--config.train.eval_every=30",
     "--config.train.checkpoint_every=4", "--config.model.num_layers=1", "--config.model.moe.router.name=sigmoid_bias",
 ]  # fmt: skip
 ENVIRONMENT = {

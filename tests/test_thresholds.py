@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from moejax.thresholds import BINS, Rule, ScoreTable
 from moejax.train import Scorer, Trainer, score_fn, split
 from moejax.types import RouteContext, Routing
 from tests import moe_fakes as fakes
-from tests.small import load_plain, quick_compilation, start, write_workspace
+from tests.small import load_plain, start
 from tests.trace_fakes import batches, mesh_of, model_of
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 RULES = {
     "1T": Rule(None),
@@ -34,12 +35,6 @@ RULES = {
     "2T, wide": Rule(0.1, major=2, expert_dim=8),
     "2T, no gap": Rule(0.0),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compilation(tmp_path_factory.mktemp("programs")):
-        yield
 
 
 # --- scores and rates ---------------------------------------------------------------------------------------------
@@ -96,6 +91,7 @@ def test_thresholds_of_layers_are_the_nearest_there_are(rule: Rule, decimals: in
     made = tables(1, decimals=decimals)
     table = counted(made)
     gap = rule.gap or 0.0
+    solved = {rate: thresholds.solve(table, rate, rule) for rate in (0.0, 0.1, 0.25, 0.5, 0.77)}
     for i, layer in enumerate(made):
         shares = np.asarray(limits.normalised(layer))[np.asarray(layer.valid)].astype(float)
         # The drop rate changes only where a threshold passes a share: just above each of these, every rate there is.
@@ -103,8 +99,8 @@ def test_thresholds_of_layers_are_the_nearest_there_are(rule: Rule, decimals: in
         tried = np.r_[0.0, 1 / BINS, edges[(edges > 0) & (edges < 1)]]
         lower, upper = ((shares <= t[:, None]).sum(axis=1) for t in (tried - gap, tried + gap))
         rates = np.where(tried > 0, (1 - rule.skip) * lower + rule.skip * upper, 0) / len(shares)
-        for rate in (0.0, 0.1, 0.25, 0.5, 0.77):
-            found = float(thresholds.solve(table, rate, rule)[i])
+        for rate, at in solved.items():
+            found = float(at[i])
             best = np.abs(rates - rate).min()
             assert abs(work_gone(layer, found, rule)[0] / len(shares) - rate) <= best + 1e-9
             if decimals is None and rule.gap is None:
@@ -223,7 +219,7 @@ def test_a_pass_counts_what_evaluation_drops_and_thresholds_never_recompile():
     """Scores of real tokens only, on devices that share a batch; a layer's rate in force is the predicted one where no
     layer before it drops."""
     model = model_of(fakes.router_config(k=2), capacity_factor=0.5)  # the config's own limit takes no part
-    mesh = mesh_of(4)
+    mesh = mesh_of(2)
     definition, params, router_state = split(model)
     run, score = thresholds.collect_fn(definition, mesh), score_fn(definition, mesh)
     data = batches()
@@ -258,10 +254,10 @@ def test_a_pass_counts_what_evaluation_drops_and_thresholds_never_recompile():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts, and under ``run`` a checkpoint of random weights with a shared expert."""
+def runs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``run``, a checkpoint of random weights with a shared expert."""
     root = tmp_path_factory.mktemp("thresholds")
-    raw = load_plain(write_workspace(root))
+    raw = load_plain(workspace / "small_config.py")
     raw.model.moe.shared_experts = 1
     config = from_mapping(ExperimentConfig, raw)
     corpus = load_corpus(config.data)

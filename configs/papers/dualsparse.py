@@ -61,11 +61,11 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         option, _, model = (rest if comma else "model=mixtral_like").partition("=")
         if scale not in ("tiny", "lab") or option != "model" or model not in LAB:
             raise ValueError(
-                f"variant {variant!r}: tiny, lab, paper or paper=FOLDER; after tiny and lab ,model= and one of "
+                f"variant {variant!r}: choose tiny, lab, paper or paper=FOLDER; after tiny and lab ,model= and one of "
                 f"{', '.join(LAB)}"
             )
         config = LAB[model].get_config("tiny" if scale == "tiny" else "h100")
-        config.name = f"dualsparse:{scale},{model}"
+        config.name = f"dualsparse:{variant}"
         if scale == "tiny":
             _tiny(config)
         else:
