@@ -120,8 +120,8 @@ def make_tokens(setting: Setting, count: int, seed: int = 0) -> Float[Array, "T 
     experts = setting.moe.num_experts
     quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / experts) for i in range(experts)], np.float32)
     means = setting.shape.popularity * np.random.default_rng(0).permutation(quantiles)
-    kernel = router_kernel(setting)
-    mean = kernel @ jnp.linalg.solve(kernel.T @ kernel, means)  # the shortest with these logits
+    kernel = np.asarray(router_kernel(setting))
+    mean = kernel @ np.linalg.solve(kernel.T @ kernel, means)  # the shortest with these logits
     key = jax.random.fold_in(jax.random.key(1), seed)
     return (jax.random.normal(key, (count, setting.dim)) + mean).astype(jnp.bfloat16)
 

@@ -1,9 +1,11 @@
-"""Continues a text with a trained model, printing as it goes.
+r"""Continues a text with a trained model, printing as it goes.
 
     python -m experiments.generate --checkpoint=runs/ca --prompt="def main(" [--max_new_tokens=200]
     python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --temperature=0.8 --top_k=40 --seed=1
     python -m experiments.generate --checkpoint=OLMoE-1B-7B-Instruct --prompt="Why is the sky blue?" --chat
-    python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --limit=token_drop:factor=1.5 [--limit_decode]
+    python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --limit=token_drop:factor=1.5
+    python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --limit=opportunistic_drop:keep=1 \
+        --limit_decode
 
 At ``--temperature=0`` (the default) every token is the most likely one. The text ends at an end token of the model.
 ``--chat`` puts the prompt into the model's own chat template. Tokens per second are printed at the end.

@@ -22,9 +22,14 @@ TINY = ["--tiny", "--rates=0.25", "--batches=2", "--repeats=2", "--target_ms=0",
 F = 256
 
 
-def run(output: Path, *arguments: str) -> int:
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
     with quick_compilation():
-        return session.call(drop_speed.define_flags, drop_speed.command, [f"--output={output}", *TINY, *arguments])
+        yield
+
+
+def run(output: Path, *arguments: str) -> int:
+    return session.call(drop_speed.define_flags, drop_speed.command, [f"--output={output}", *TINY, *arguments])
 
 
 # --- scores and thresholds ------------------------------------------------------------------------
@@ -42,7 +47,10 @@ def table_of(setting: drop_scores.Setting, tokens: int) -> tuple[ScoreTable, np.
     return table, np.bincount(chosen.reshape(-1), minlength=setting.moe.num_experts)
 
 
-@pytest.mark.parametrize("name", drop_scores.SHAPES)
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v2_lite", "qwen3")]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "mixtral", *SLOWER])
 def test_scores_drop_what_was_published(name: str):
     setting = dataclasses.replace(drop_scores.setting_of(name), dim=256)
     table, loads = table_of(setting, 3000)
@@ -119,19 +127,18 @@ def test_what_is_dropped_and_what_must_move():
 def test_a_wrong_output_is_not_timed():
     setting = drop_scores.setting_of("olmoe", tiny=True)
     arm = drop_scores.Arm("2T half", 0.3, (limits.threshold_drop(0.2, gap=0.04),))
-    with quick_compilation():
-        layer, x = drop_scores.make_layer(setting), drop_scores.make_tokens(setting, setting.tokens)[None]
-        made = drop_layers.programs(drop_layers.layer_output, layer, x, [arm])
-        sizes, facts = drop_layers.check(setting, layer, x, [arm], made)
-        assert sizes[arm.label].shape == (32,) and 0 < facts[arm.label]["error"] < drop_layers.ERROR
-        assert facts[arm.label]["checked_against"] == "padded, two sub-experts"
+    layer, x = drop_scores.make_layer(setting), drop_scores.make_tokens(setting, setting.tokens)[None]
+    made = drop_layers.programs(drop_layers.layer_output, layer, x, [arm])
+    sizes, facts = drop_layers.check(setting, layer, x, [arm], made)
+    assert sizes[arm.label].shape == (32,) and 0 < facts[arm.label]["error"] < drop_layers.ERROR
+    assert facts[arm.label]["checked_against"] == "padded, two sub-experts"
 
-        def wrong(*arguments):
-            y, sizes = made["2T"](*arguments)
-            return y.at[0, 7].multiply(-1), sizes  # one token of 64
+    def wrong(*arguments):
+        y, sizes = made["2T"](*arguments)
+        return y.at[0, 7].multiply(-1), sizes  # one token of 64
 
-        with pytest.raises(ConfigError, match=r"WRONG: olmoe, 2T half, 30%: .*nothing was timed"):
-            drop_layers.check(setting, layer, x, [arm], {"2T": wrong})
+    with pytest.raises(ConfigError, match=r"WRONG: olmoe, 2T half, 30%: .*nothing was timed"):
+        drop_layers.check(setting, layer, x, [arm], {"2T": wrong})
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ experts, against the dense reference and against true expert-tensor parallelism 
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,7 @@ def test_virtual_ranks_decide_as_more_ranks_than_experts(names):
 
 
 REFUSED = {
-    "expanded_drop:factor=1.5": "ExpandedDrop adds the experts of a token's own rank",
+    "expanded_drop:factor=1.5": "moe.capacity_limits: ExpandedDrop adds the experts of a token's own rank",
     "device_budget:factor=1,ranks=4,expanded=true": "DeviceBudget adds the experts of a token's own rank",
     "device_budget:factor=1": "DeviceBudget follows the loads of devices, .* say ranks=4",
     "measured_budget": "MeasuredBudget follows the loads of devices",
@@ -175,6 +176,8 @@ def test_limits_that_need_whole_experts_are_refused(text):
     config = dataclasses.replace(small_config(model), mesh=MeshConfig(data=1, expert=8))
     with pytest.raises(ConfigError, match=REFUSED[text]):
         validate.check(config)
+    (problem,) = plan.problems(config, config.mesh)
+    assert problem.field == "model.moe.capacity_limits" and re.search(REFUSED[text], problem.text)
     virtual = dataclasses.replace(model.moe, dispatcher="local", virtual_ranks=8)
     with pytest.raises(ConfigError, match=REFUSED[text]):
         validate.check_model(dataclasses.replace(model, moe=virtual))

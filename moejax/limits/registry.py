@@ -295,6 +295,7 @@ def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal
     Raises:
       ConfigError: with the limit, the value, the rule and the way out.
     """
+    majors: set[int] = set()  # of 2T-Drop
     for limit in limits:
         name = type(limit).__name__
         if (isinstance(limit, ExpandedDrop | Reroute) or getattr(limit, "expanded", False)) and not causal:
@@ -315,6 +316,12 @@ def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal
                 )
         if isinstance(limit, ThresholdDrop) and limit.gap is not None:
             halving(config.expert_dim, limit.major, limit.form, config.parts)
+            majors.add(limit.major)
+            if len(majors) > 1:
+                raise ConfigError(
+                    f"{name}: limits with major={sorted(majors)}: a layer halves experts in one way only; give all the "
+                    "same"
+                )
         if getattr(limit, "drop_first", None) is not None:
             raise ConfigError(f"{name}: drop_first needs a modality of each token, which language models do not have")
         ranks = getattr(limit, "ranks", 0)
@@ -347,13 +354,14 @@ def check_ranks(limits: Iterable[Limit], config: MoEConfig, ranks: int) -> None:
         name = type(limit).__name__
         if isinstance(limit, ExpandedDrop) or getattr(limit, "expanded", False):
             raise ConfigError(
-                f"{name} adds the experts of a token's own rank, and {where}: choose ranks of {divisors}, or a limit "
-                "that only drops"
+                f"moe.capacity_limits: {name} adds the experts of a token's own rank, and {where}: choose ranks of "
+                f"{divisors}, or a limit that only drops"
             )
         if getattr(limit, "ranks", 1) == 0 and getattr(limit, "load_aware", "") != "none":
             raise ConfigError(
-                f"{name} follows the loads of devices, and {where}: say ranks={max(d for d in divisors if d <= ranks)} "
-                "in its text, so that the devices that share an expert count as one"
+                f"moe.capacity_limits: {name} follows the loads of devices, and {where}: say "
+                f"ranks={max(d for d in divisors if d <= ranks)} in its text, so that devices that share an expert "
+                "count as one"
             )
 
 

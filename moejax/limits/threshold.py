@@ -5,6 +5,7 @@ Letters: T tokens, E experts, R routing rows, K choices per row, G devices (rank
 """
 
 import dataclasses
+from fractions import Fraction
 from typing import Literal
 
 import jax
@@ -72,7 +73,7 @@ class ThresholdDrop:
     """Devices for ``load_aware``, as in :class:`~moejax.limits.DeviceBudget`."""
 
     def __call__(self, routing: Routing, ctx: RouteContext) -> Routing:
-        if routing.major and routing.major != self.major:
+        if routing.level is not None and self.gap is not None and routing.major != self.major:
             raise ValueError(f"two limits halve experts, to {routing.major} and {self.major} major neurons: choose one")
         share = normalised(routing)
         threshold = of_layer(self.threshold)
@@ -81,7 +82,8 @@ class ThresholdDrop:
             of_device = self.device_thresholds(threshold, share, device, ranks, routing, ctx)
             threshold = jnp.append(of_device, 0.0)[device]  # 0: zero-computation experts
         lower, upper = self.pair_of(threshold)
-        kept = dataclasses.replace(routing, valid=routing.valid & _above(share, lower))
+        stays = _above(share, lower) | ~computing(routing)
+        kept = dataclasses.replace(routing, valid=routing.valid & stays)
         if self.gap is None:
             return kept
         level = jnp.where(computing(routing) & ~_above(share, upper), 1, 0).astype(jnp.int32)
@@ -106,7 +108,7 @@ class ThresholdDrop:
     ) -> Float[Array, "G"]:
         """T of each device, the same on every rank."""
         on = (device[..., None] == jnp.arange(ranks)) & computing(routing)[..., None]  # [R, K, G]
-        loads = _over_ranks(jnp.sum(on, axis=(0, 1), dtype=jnp.float32), ctx)
+        loads = _over_ranks(jnp.sum(on, axis=(0, 1), dtype=jnp.int32), ctx)
         if self.load_aware == "paper":
             return threshold * jnp.minimum(1.0, loads / jnp.maximum(jnp.mean(loads), 1e-20))
         steps = threshold * jnp.arange(STEPS + 1, dtype=jnp.float32) / STEPS
@@ -116,19 +118,20 @@ class ThresholdDrop:
             first = jnp.sum(_above(share[..., None], bounds), axis=-1)  # STEPS + 1: never
             table = jnp.where(on, first[..., None] + (STEPS + 2) * jnp.arange(ranks), -1).reshape(-1)
             ids = jnp.arange((STEPS + 2) * ranks)
-            counts = jnp.sum(table[:, None] == ids, axis=0, dtype=jnp.float32).reshape(ranks, -1)
+            counts = jnp.sum(table[:, None] == ids, axis=0, dtype=jnp.int32).reshape(ranks, -1)
             return jnp.cumsum(_over_ranks(counts, ctx), axis=1)[:, :-1]
 
         lower, upper = map(gone, self.pair_of(steps))
         major = self.major_share(ctx)
-        work = loads[:, None] - (1 - major) * upper - major * lower
+        whole, half = major.denominator, major.numerator  # whole numbers: what is equal must not differ by rounding
+        work = whole * loads[:, None] - (whole - half) * upper - half * lower
         target = jnp.max(work[:, -1])
         enough = jnp.argmax(work <= target, axis=1)  # the first; the last one always is
         return steps[enough]
 
-    def major_share(self, ctx: RouteContext) -> float:
+    def major_share(self, ctx: RouteContext) -> Fraction:
         """Work of a halved pair in units of a whole one."""
-        return major_columns(ctx.expert_dim, self.major) / ctx.expert_dim if ctx.expert_dim else 0.5
+        return Fraction(major_columns(ctx.expert_dim, self.major), ctx.expert_dim) if ctx.expert_dim else Fraction(1, 2)
 
 
 def _above(share: Array, threshold: Array) -> Array:

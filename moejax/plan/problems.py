@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from moejax.config import ExperimentConfig, MeshConfig
+from moejax import limits
+from moejax.config import ConfigError, ExperimentConfig, MeshConfig
 from moejax.model import layer_groups
 
 
@@ -47,6 +48,12 @@ def problems(config: ExperimentConfig, mesh: MeshConfig) -> list[Problem]:
             split("model.moe.shared_dim", moe.shared_dim, "model")
         elif moe.shared_experts and moe.expert_dim % mesh.model:
             split("model.moe.shared_experts x expert_dim", moe.shared_experts * moe.expert_dim, "model")
+    if True in flags and moe.dispatcher == "ep":
+        try:
+            limits.check_ranks(limits.of_config(moe), moe, mesh.expert)
+        except ConfigError as error:  # what is wrong on any mesh is not of this list
+            if str(error).startswith("moe.capacity_limits: "):
+                found.append(Problem("model.moe.capacity_limits", f"model.{error}"))
     shards = mesh.data * mesh.expert
     if train.batch_size % (shards * train.accumulate):
         unit = shards * train.accumulate
