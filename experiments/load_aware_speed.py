@@ -33,8 +33,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import drop_scores, ep_speed, session
-from experiments.drop_scores import PAPER_GAP, SHAPES, Setting
 from experiments.drop_layers import INTERVAL, WRONG_SHARE, WRONG_TOKEN, difference, gain, in_turn
+from experiments.drop_scores import PAPER_GAP, SHAPES, Setting
 from moejax import limits, replication, sharding, thresholds
 from moejax.config import ConfigError, MeshConfig
 from moejax.moe import MoELayer
@@ -121,7 +121,7 @@ def rows_of(
     """
     ranks = mesh.size
     layer = drop_scores.make_layer(setting)
-    tokens = drop_scores.make_tokens(layer, setting, ranks * setting.tokens)
+    tokens = drop_scores.make_tokens(setting, ranks * setting.tokens)
     table = drop_scores.scores_of(layer, tokens[None])
     x = tokens.reshape(ranks, setting.tokens, -1)
     rules = (Rule(None), Rule(PAPER_GAP, 0, setting.moe.expert_dim))
@@ -162,7 +162,7 @@ def rows_of(
         extra: dict[str, Any] = {
             **times[arm.label].fields(), **skew, "predicted": predicted, "share_of_predicted": speedup / predicted,
             "drop_rate": float(1 - mine.work.sum() / whole.work.sum()), "work_by_rank": mine.work.tolist(),
-            "threshold": float(arm.limits[0].threshold) if arm.limits else 0.0,  # ty: ignore[unresolved-attribute]
+            "threshold": float(arm.limits[0].threshold) if arm.limits else 0.0,  # ty: ignore[missing-attribute]
             "asked_rate": rate, "ep_buffer_factor": mine.factor, "error": errors[arm.label], "ranks": ranks,
             "tokens": setting.tokens, "scores": setting.scores,
         }  # fmt: skip

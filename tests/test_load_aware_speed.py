@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import load_aware_speed, session
+from experiments import drop_scores, load_aware_speed, session
+from moejax import limits
 from moejax.results import read_rows
+from moejax.types import RouteContext
 from tests.small import quick_compilation
 
 TINY = ["--tiny", "--devices=2", "--repeats=1", "--target_ms=0"]
@@ -17,6 +21,26 @@ def run(output: Path, *arguments: str) -> int:
         return session.call(load_aware_speed.define_flags, load_aware_speed.command, call)
 
 
+def test_counts_of_virtual_ranks_are_those_of_a_loop():
+    setting = drop_scores.setting_of("olmoe", tiny=True)
+    with quick_compilation():
+        layer = load_aware_speed.with_config(drop_scores.make_layer(setting), virtual_ranks=2)
+        x = drop_scores.make_tokens(setting, 2 * setting.tokens).reshape(2, setting.tokens, -1)
+        arm = load_aware_speed.Arm("2T", (limits.threshold_drop(0.3, gap=0.1),))
+        found = load_aware_speed.count(setting, layer, x, arm, 2)
+        begin = jax.jit(lambda layer, x: layer.begin(x, RouteContext(record=True), arm.limits).record.kept)
+        kept = jax.device_get(begin(layer, x))
+    work, to, half = np.zeros(2), np.zeros((2, 2)), setting.moe.num_experts // 2
+    for source, token, k in np.argwhere(kept.valid):
+        device = int(kept.expert[source, token, k]) // half
+        work[device] += 0.5 if kept.level[source, token, k] else 1.0
+        to[source, device] += 1
+    np.testing.assert_array_equal(found.work, work)
+    share = to.max() / (setting.tokens * setting.moe.router.k / 2)
+    assert share <= found.factor < share + 1 / 64
+
+
+@pytest.mark.slow  # the law of its limits: tests/test_threshold.py; what it counts: above
 def test_thresholds_by_load_drop_less_for_the_same_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arms = load_aware_speed.arms_of
     monkeypatch.setattr(load_aware_speed, "arms_of", lambda *a: [arm for arm in arms(*a) if arm.label[:2] != "1T"])
@@ -35,6 +59,7 @@ def test_thresholds_by_load_drop_less_for_the_same_prediction(tmp_path: Path, mo
         assert extra["share_of_predicted"] == row.value / extra["predicted"]
 
 
+@pytest.mark.slow  # the same check: tests/test_drop_speed.py
 def test_a_wrong_output_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(load_aware_speed, "arms_of", lambda *a: [load_aware_speed.Arm("none")])
     monkeypatch.setattr(load_aware_speed, "difference", lambda a, b: (1.0, 0.5))

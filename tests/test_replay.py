@@ -236,8 +236,8 @@ def test_rows_count_pairs_tokens_and_load_by_hand():
     tally.add(sums([[6, 2], [8, 0]], [[4, 2], [4, 1]], [2, 4], [0, 1], [1, 2]))
     tally.add(sums([[6, 2], [8, 0]], [[4, 2], [4, 1]], [2, 4], [0, 1], [1, 2]))
     first, second, total = tally.rows([1, 3])
-    assert first == {"layer": 1, "routed": 16, "kept": 12, "dropped": 4, "added": 0, "skipped": 0, "tokens": 10, "lost": 2,
-                     "max_over_mean": (1.5, pytest.approx(4 / 3)), "cv": (0.5, pytest.approx(1 / 3)),
+    assert first == {"layer": 1, "routed": 16, "kept": 12, "dropped": 4, "added": 0, "skipped": 0, "tokens": 10,
+                     "lost": 2, "max_over_mean": (1.5, pytest.approx(4 / 3)), "cv": (0.5, pytest.approx(1 / 3)),
                      "dead": (0, 0)}  # fmt: skip
     assert (second["layer"], second["kept"], second["dropped"], second["added"], second["lost"]) == (3, 8, 8, 2, 4)
     assert second["dead"] == (1, 0) and second["max_over_mean"] == (2.0, 1.6)

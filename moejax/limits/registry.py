@@ -157,9 +157,7 @@ def threshold_drop(
     if major < 0 or (gap is None and (major or form != "auto")):
         raise ConfigError(f"major={major}, form={form!r}: of 2T-Drop; give a gap with them, and a number of neurons")
     if ranks and load_aware == "none":
-        raise ConfigError(
-            f"ranks={ranks}: devices of load_aware='paper' or 'water'; choose one, or leave ranks out"
-        )
+        raise ConfigError(f"ranks={ranks}: devices of load_aware='paper' or 'water'; choose one, or leave ranks out")
     return ThresholdDrop(
         jnp.asarray(threshold, jnp.float32), None if gap is None else jnp.float32(gap), major, form, load_aware,
         _ranks(ranks),
