@@ -47,6 +47,11 @@ def planned(model: ModelConfig, form: str, parts: int) -> tuple[ModelConfig, int
             f"moe.capacity_limits={model.moe.capacity_limits} of --checkpoint count and compare whole experts, and the "
             "complete form has others: add --without_limits, and set limits for the outcome"
         )
+    if model.moe.capacity_factor > 0 and model.moe.capacity_order == "random" and of_form == "complete":
+        raise ConfigError(
+            "moe.capacity_order='random' of --checkpoint draws for each expert, so that parts of one would keep other "
+            "tokens: choose --form=partial, or another order"
+        )
     made = dataclasses.replace(model, moe=moe)
     check_model(made)
     return made, parts, of_form

@@ -26,6 +26,7 @@ from experiments import session
 from moejax import replay, trace
 from moejax.config import ConfigError, ExperimentConfig, MoEConfig
 from moejax.limits import of_config
+from moejax.types import Routing
 
 
 def numbers(values: flags.FlagValues, name: str, kind: type) -> list[Any]:
@@ -104,7 +105,7 @@ def run_setting(
             made, sums = replay.decide(chunk, setting, source.state)
             tally.add(sums)
             if recorded:
-                differ += int((made.kept.valid != chunk.kept.valid).sum())
+                differ += pairs_that_differ(made.kept, chunk.kept)
             if writer is not None:
                 writer.add(made)
             yield made
@@ -124,6 +125,12 @@ def run_setting(
         for _ in batches:  # what a policy did not ask for
             pass
     return tally.rows(source.layers), hits, differ if recorded else None
+
+
+def pairs_that_differ(a: Routing, b: Routing) -> int:
+    """Pairs that one of the two keeps and the other drops, or that only one of them halves."""
+    halved = [kept.valid & (np.zeros_like(kept.valid) if kept.level is None else kept.level == 1) for kept in (a, b)]
+    return int(np.sum((a.valid != b.valid) | (halved[0] != halved[1])))
 
 
 def render(name: str, rows: list[dict[str, Any]]) -> str:

@@ -91,12 +91,16 @@ def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
     anew = asked != recorded or (ranks != trace.ranks and not routing.FAMILIES[trace.router.name].causal)
     if anew:
         check_router(moe.router, trace)
-    if ranks != spread > 1 and any(getattr(limit, "load_aware", "none") != "none" for limit in in_force):
+    if ranks != spread > 1 and any(_asks_ranks(limit) for limit in in_force):
         raise ConfigError(
-            f"ranks={ranks}: load_aware thresholds follow the loads of one group of {spread} ranks, and these are "
-            f"several: choose ranks={spread}"
+            f"ranks={ranks}: load_aware and loads='all' are of one group of {spread} ranks, and these are several: "
+            f"choose ranks={spread}"
         )
     return Setting(in_force, moe.router if anew else None, ranks, spread, moe.expert_dim)
+
+
+def _asks_ranks(limit: Limit) -> bool:
+    return getattr(limit, "load_aware", "none") != "none" or getattr(limit, "loads", "rank") == "all"
 
 
 def check_router(config: RouterConfig, trace: Trace) -> None:

@@ -38,7 +38,7 @@ def test_every_limit_has_a_name_and_its_options_are_read():
             key, _, value = part.partition("=")
             found = described["amount" if key == "share" else key]
             if isinstance(found, bool):
-                assert found and value in ("true", "1")
+                assert found == (value in ("true", "1"))
             elif isinstance(found, list):
                 assert found == [float(np.float32(v)) for v in value.split("/")]
             else:

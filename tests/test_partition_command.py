@@ -221,6 +221,9 @@ def test_limits_of_whole_experts_do_not_go_with_the_complete_form():
     with pytest.raises(ConfigError, match="add --without_limits"):
         partition.planned(model, "complete", 2)
     assert partition.planned(model, "partial", 2)[0].moe.capacity_limits == limited.capacity_limits
+    drawn = dataclasses.replace(CONFIG.model.moe, capacity_factor=1.0, capacity_order="random")
+    with pytest.raises(ConfigError, match="draws for each expert"):
+        partition.planned(dataclasses.replace(CONFIG.model, moe=drawn), "complete", 2)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])

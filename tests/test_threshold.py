@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.replay import pairs_that_differ
 from moejax import dispatch, limits, partition, replay, trace
 from moejax.config import ConfigError, MoEConfig, RouterConfig
 from moejax.limits.threshold import STEPS
@@ -341,6 +342,8 @@ def test_a_replay_counts_the_work_that_is_skipped():
         decided, sums = replay.decide(chunk, setting, {})
         halved = np.sum(np.asarray(decided.kept.valid) & (np.asarray(decided.kept.level) == 1))
         assert float(sums.skipped[0]) == pytest.approx(share * halved, rel=1e-6) and halved > 0
+        other = dataclasses.replace(decided.kept, level=np.zeros_like(decided.kept.level))
+        assert pairs_that_differ(decided.kept, other) == halved and pairs_that_differ(other, other) == 0
         tally = replay.Tally()
         tally.add(sums)
         assert tally.rows([0])[-1]["skipped"] == float(sums.skipped[0])

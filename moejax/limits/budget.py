@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.limits.drop import loads_of
+from moejax.limits.drop import Loads, loads_of
 from moejax.limits.expand import AddedWeight, candidates, require_token_choice, widened, with_pairs
 from moejax.limits.pieces import (
     SLACK,
@@ -67,8 +67,8 @@ class MeasuredBudget:
     """A budget from measured time instead of a factor: only what the slowest device needs beyond the second-slowest is
     dropped, lowest scores first. Dropping more anywhere saves no time as long as that one sets it.
 
-    Each rank keeps the same share of its own pairs of the slowest device. Loads are ``ctx.loads`` where a collective
-    has made them (then all ranks agree which device is the slowest), else those of the rows in hand.
+    Each rank keeps the same share of its own pairs of the slowest device. With ``loads="all"`` all ranks agree which
+    device that is; else each looks at the loads that its own tokens make.
     """
 
     seconds_per_row: Float[Array, "G"] | None = None
@@ -76,12 +76,14 @@ class MeasuredBudget:
     ranks: int = static(0)
     """As in :class:`DeviceBudget`."""
     renormalise: bool = option(False)
+    loads: Loads = option("rank")
+    """As in :class:`ExpertDrop`."""
 
     def __call__(self, routing: Routing, ctx: RouteContext) -> Routing:
         device, ranks = device_of(routing, ctx, self.ranks)
         if ranks == 1:
             return routing
-        rows = jnp.sum(loads_of(routing, ctx).reshape(ranks, -1), axis=1)
+        rows = jnp.sum(loads_of(routing, ctx, self.loads).reshape(ranks, -1), axis=1)
         cost = jnp.ones(ranks) if self.seconds_per_row is None else self.seconds_per_row
         (_, second), _ = jax.lax.top_k(rows * cost, 2)
         share = jnp.minimum(second / jnp.maximum(rows * cost, 1e-20), 1.0)  # 1 for all but the slowest

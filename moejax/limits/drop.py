@@ -20,11 +20,15 @@ from moejax.limits.pieces import (
     num_experts,
     of_layer,
     option,
+    over_ranks,
     share_lost_weight,
     token_of_row,
 )
 from moejax.routing import computing, count_by_expert
 from moejax.types import RouteContext, Routing, pytree, static
+
+Loads = Literal["rank", "all"]
+"""Of a rank's own tokens, or of those of all ranks of expert parallelism."""
 
 
 @pytree
@@ -92,18 +96,20 @@ class ExpertDrop:
     """Expert Drop (2503.05066, ablation of Table 2): the least-loaded experts are skipped altogether.
 
     The load of an expert is its pairs summed over *tokens* (the published code sums over the expert axis, which gives
-    every expert the same load, so that it skips arbitrary ones): ``ctx.loads`` where a collective has made them, else
-    the rows' in hand. Equal loads: the lower id goes.
+    every expert the same load, so that it skips arbitrary ones); whose tokens, ``loads`` says. Equal loads: the lower
+    id goes.
     """
 
     amount: Float[Array, ""]
     """How many experts, or their share; a run-time value."""
     unit: Literal["experts", "share"] = static("experts")
     """"share": ``floor(amount * E)`` experts, and at least one (the paper's 10 % is one of Mixtral's eight)."""
+    loads: Loads = option("rank")
+    """Loads of the rank's own tokens, or of all ranks: one small sum over them, and all skip the same experts."""
 
     def __call__(self, routing: Routing, ctx: RouteContext) -> Routing:
         experts = num_experts(routing)
-        loads = loads_of(routing, ctx)
+        loads = loads_of(routing, ctx, self.loads)
         count = self.amount
         if self.unit == "share":
             count = jnp.where(count > 0, jnp.maximum(jnp.floor(count * experts * (1 + 1e-6)), 1), 0)
@@ -114,10 +120,12 @@ class ExpertDrop:
         return dataclasses.replace(routing, valid=routing.valid & ~hit)
 
 
-def loads_of(routing: Routing, ctx: RouteContext) -> Float[Array, "E"]:
-    """Pairs of each expert that computes: ``ctx.loads`` where they are known, else those of the rows in hand."""
+def loads_of(routing: Routing, ctx: RouteContext, of: Loads = "rank") -> Float[Array, "E"]:
+    """Pairs of each expert that computes: ``ctx.loads`` where they are given, else those of the rows in hand, or with
+    "all" of all ranks of expert parallelism."""
     experts = num_experts(routing)
     if ctx.loads is not None:
         return ctx.loads[:experts]
     expert = jnp.where(computing(routing), routing.expert, experts).reshape(-1)
-    return count_by_expert(expert, experts).astype(jnp.float32)
+    counts = count_by_expert(expert, experts).astype(jnp.float32)
+    return over_ranks(counts, ctx) if of == "all" else counts

@@ -120,6 +120,11 @@ def best_of_token(routing: Routing) -> Bool[Array, "R K"]:
 # --- capacities -----------------------------------------------------------------------------------
 
 
+def over_ranks(counts: Array, ctx: RouteContext) -> Array:
+    """The sum of what each rank of expert parallelism counted, real or virtual; on one rank the counts themselves."""
+    return counts if ctx.axis_name is None else jax.lax.psum(counts, ctx.axis_name)
+
+
 def mean_load(routing: Routing, ctx: RouteContext) -> Float[Array, ""]:
     """``t k / n`` of the paper: pairs still valid over experts. Padding, pairs that an earlier limit dropped and
     zero-computation experts with their pairs do not count."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from moejax.config import ConfigError, MoEConfig
 from moejax.limits.baselines import EfficientSkip, OpportunisticDrop
 from moejax.limits.budget import DeviceBudget, MeasuredBudget
-from moejax.limits.drop import ExpertDrop, TokenDrop
+from moejax.limits.drop import ExpertDrop, Loads, TokenDrop
 from moejax.limits.expand import AddedWeight, ExpandedDrop, Priority, Reroute
 from moejax.limits.pieces import DropOrder, Rounding, Scope
 from moejax.limits.threshold import Form, LoadAware, ThresholdDrop, halving
@@ -91,7 +91,7 @@ def reroute(
     return Reroute(_factor(factor), rounds, added_weight, rounding, renormalise)
 
 
-def expert_drop(*, experts: int = 0, share: float = 0.0) -> ExpertDrop:
+def expert_drop(*, experts: int = 0, share: float = 0.0, loads: Loads = "rank") -> ExpertDrop:
     """An :class:`ExpertDrop` of so many experts, or of a share of them.
 
     Raises:
@@ -99,7 +99,7 @@ def expert_drop(*, experts: int = 0, share: float = 0.0) -> ExpertDrop:
     """
     if (experts > 0) == (share > 0) or experts < 0 or not 0 <= share <= 1:
         raise ConfigError(f"experts={experts}, share={share}: give a number of experts to skip, or a share in (0, 1]")
-    return ExpertDrop(jnp.float32(experts or share), "experts" if experts else "share")
+    return ExpertDrop(jnp.float32(experts or share), "experts" if experts else "share", loads)
 
 
 def device_budget(
@@ -120,7 +120,7 @@ def device_budget(
 
 
 def measured_budget(
-    *, ranks: int = 0, seconds_per_row: tuple[float, ...] = (), renormalise: bool = False
+    *, ranks: int = 0, seconds_per_row: tuple[float, ...] = (), renormalise: bool = False, loads: Loads = "rank"
 ) -> MeasuredBudget:
     """A :class:`MeasuredBudget` from plain values.
 
@@ -132,7 +132,7 @@ def measured_budget(
             f"seconds_per_row={seconds_per_row}, ranks={ranks}: give one time above 0 for each of the ranks, or none"
         )
     times = jnp.asarray(seconds_per_row, jnp.float32) if seconds_per_row else None
-    return MeasuredBudget(times, _ranks(ranks), renormalise)
+    return MeasuredBudget(times, _ranks(ranks), renormalise, loads)
 
 
 def threshold_drop(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.config import ConfigError
 from moejax.limits.budget import device_of
-from moejax.limits.pieces import of_layer, option
+from moejax.limits.pieces import of_layer, option, over_ranks
 from moejax.routing import computing
 from moejax.types import RouteContext, Routing, pytree, static
 
@@ -108,7 +108,7 @@ class ThresholdDrop:
     ) -> Float[Array, "G"]:
         """T of each device, the same on every rank."""
         on = (device[..., None] == jnp.arange(ranks)) & computing(routing)[..., None]  # [R, K, G]
-        loads = _over_ranks(jnp.sum(on, axis=(0, 1), dtype=jnp.int32), ctx)
+        loads = over_ranks(jnp.sum(on, axis=(0, 1), dtype=jnp.int32), ctx)
         if self.load_aware == "paper":
             return threshold * jnp.minimum(1.0, loads / jnp.maximum(jnp.mean(loads), 1e-20))
         steps = threshold * jnp.arange(STEPS + 1, dtype=jnp.float32) / STEPS
@@ -119,7 +119,7 @@ class ThresholdDrop:
             table = jnp.where(on, first[..., None] + (STEPS + 2) * jnp.arange(ranks), -1).reshape(-1)
             ids = jnp.arange((STEPS + 2) * ranks)
             counts = jnp.sum(table[:, None] == ids, axis=0, dtype=jnp.int32).reshape(ranks, -1)
-            return jnp.cumsum(_over_ranks(counts, ctx), axis=1)[:, :-1]
+            return jnp.cumsum(over_ranks(counts, ctx), axis=1)[:, :-1]
 
         lower, upper = map(gone, self.pair_of(steps))
         major = self.major_share(ctx)
@@ -136,10 +136,6 @@ class ThresholdDrop:
 
 def _above(share: Array, threshold: Array) -> Array:
     return (share > threshold) | (threshold <= 0)
-
-
-def _over_ranks(counts: Array, ctx: RouteContext) -> Array:
-    return counts if ctx.axis_name is None else jax.lax.psum(counts, ctx.axis_name)
 
 
 @dataclasses.dataclass(frozen=True)
