@@ -22,4 +22,4 @@ unset PYTHONDONTWRITEBYTECODE
 workers="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 [[ "$workers" -le 8 ]] || workers=8
 
-exec .venv/bin/python -m pytest -q -n "$workers" --dist loadfile "$@"
+exec .venv/bin/python -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -40,9 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(settings)
 
 
+LONGEST = ("test_soak.py", "test_zoo_training.py", "test_parity.py", "test_train.py", "test_moe.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file with the longest test goes first: a worker that met it last would work on while the others are done."""
-    items.sort(key=lambda item: item.path.name != "test_soak.py")
+    """The longest files go first: a worker that met one last would work on while the others are done. Workers keep this
+    order with ``--no-loadscope-reorder``; else xdist sorts files by their number of tests, and the soak is one."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="module")
