@@ -23,6 +23,7 @@ from tests.small import execute, load, load_plain, start
 
 CONFIG = load("configs.papers.dualsparse", "tiny")
 LABS = {name: load("configs.papers.dualsparse", f"tiny,model={name}_like") for name in settings.MODELS}
+ROOT = Path(__file__).resolve().parent.parent
 VALUES = {"1": 9 + 2, "2": 9, "3": 10, "thresholds": 19, "importance": 7, "layers": 4 * 3}
 
 
@@ -215,3 +216,24 @@ def test_tables_through_the_command(workspace: Path, tmp_path: Path, compiled_on
     assert execute(*config) == 0
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
     build_report([tmp_path / "run"])
+
+
+def test_the_page_says_what_the_rows_say():
+    rows = read_rows(ROOT / "experiments" / "results" / "dualsparse_tiny.jsonl")
+    page = (ROOT / "docs" / "dualsparse.md").read_text()
+    simulated = {row.extra["arm"]: row.extra for row in rows if row.table == "figure 11, simulation"}
+    one, paper, water = (simulated[f"1T{rule}"] for rule in ("", ", load-aware: paper", ", load-aware: water"))
+    rates = [100 * arm["drop_rate"] for arm in (one, paper, water)]
+    assert f"1T drops {rates[0]:.1f} % of the work for a load gain of {one['load_gain']:.2f}" in page
+    assert f"`paper` {rates[1]:.1f} % and `water` {rates[2]:.1f} % for the same gain" in page
+    assert round(paper["load_gain"], 2) == round(water["load_gain"], 2) == round(one["load_gain"], 2)
+    judged = {(row.table, row.row): row for row in rows if row.kind == "contrast"}
+    at_60 = judged["thresholds", "2T reconstruct loses less than 1T at 60%"]
+    assert at_60.verdict == "direction" and f"loses {-at_60.value:.3f} less than 1T" in page
+    assert f"costs about {judged['2', '2T reconstruct loses nothing'].value:.3f} bits per byte" in page
+    ees = judged["3", "2T reconstruct beats EES"]
+    assert ees.verdict == "inconclusive" and f"EES by {-ees.value:.4f}" in page
+    for name in ("2T reconstruct loses less than 1T", "reconstruct beats partition"):
+        assert judged["2", name].verdict == "not reproduced"
+    for name in ("1T: 5 % lose nothing", "2T reconstruct: 10 % lose nothing"):
+        assert judged["thresholds", name].verdict == "direction"
