@@ -107,19 +107,24 @@ class ThresholdDrop:
         ctx: RouteContext,
     ) -> Float[Array, "G"]:
         """T of each device, the same on every rank."""
-        on = (device[..., None] == jnp.arange(ranks)) & computing(routing)[..., None]  # [R, K, G]
-        loads = over_ranks(jnp.sum(on, axis=(0, 1), dtype=jnp.int32), ctx)
+        device = jnp.where(computing(routing), device, ranks)
+
+        def counts(place: Int[Array, "R K"], of_device: int) -> Int[Array, "G n"]:
+            """How many pairs have each place in ``[0, of_device)`` on each device, over all ranks."""
+            ids = jnp.arange(ranks * of_device, dtype=jnp.int32)
+            flat = (device * of_device + place).reshape(-1)
+            mine = jnp.sum(flat[:, None] == ids, axis=0, dtype=jnp.int32)  # fused: no scatter, no [P, G n] array
+            return over_ranks(mine, ctx).reshape(ranks, -1)
+
+        loads = counts(jnp.zeros_like(device), 1)[:, 0]
         if self.load_aware == "paper":
             return threshold * jnp.minimum(1.0, loads / jnp.maximum(jnp.mean(loads), 1e-20))
         steps = threshold * jnp.arange(STEPS + 1, dtype=jnp.float32) / STEPS
 
         def gone(bounds: Float[Array, "S"]) -> Float[Array, "G S"]:
             """Pairs of each device that are not above each of the bounds, which rise: by the first that each meets."""
-            first = jnp.sum(_above(share[..., None], bounds), axis=-1)  # STEPS + 1: never
-            table = jnp.where(on, first[..., None] + (STEPS + 2) * jnp.arange(ranks), -1).reshape(-1)
-            ids = jnp.arange((STEPS + 2) * ranks)
-            counts = jnp.sum(table[:, None] == ids, axis=0, dtype=jnp.int32).reshape(ranks, -1)
-            return jnp.cumsum(over_ranks(counts, ctx), axis=1)[:, :-1]
+            first = jnp.sum(_above(share[..., None], bounds), axis=-1, dtype=jnp.int32)  # STEPS + 1: never
+            return jnp.cumsum(counts(first, STEPS + 2), axis=1)[:, :-1]
 
         lower, upper = map(gone, self.pair_of(steps))
         major = self.major_share(ctx)
