@@ -106,10 +106,10 @@ def programs(fn: Callable[..., Any], layer: Any, x: jax.Array, arms: list[Arm]) 
     return compiled({arm.program: (fn, (layer, x, arm.limits)) for arm in arms})
 
 
-def with_implementation(layer: MoELayer, implementation: str) -> MoELayer:
-    """The same arrays, computed by another back end."""
+def with_config(layer: MoELayer, **changes: Any) -> MoELayer:
+    """The same arrays under another config."""
     other = jax.tree.map(lambda leaf: leaf, layer)
-    other.config = dataclasses.replace(layer.config, implementation=implementation)
+    other.config = dataclasses.replace(layer.config, **changes)
     return other
 
 
@@ -219,7 +219,7 @@ def check(
     def slow(arm: Arm) -> Arm:
         return dataclasses.replace(arm, limits=tuple(map(in_form, arm.limits)))
 
-    reference, all_sizes, facts = with_implementation(layer, "padded"), {}, {}
+    reference, all_sizes, facts = with_config(layer, implementation="padded"), {}, {}
     other = programs(layer_output, reference, x, [slow(arm) for arm in arms])
     for arm in arms:
         y, sizes = run[arm.program](layer, x, arm.limits)

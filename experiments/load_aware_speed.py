@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import drop_scores, ep_speed, session
-from experiments.drop_layers import INTERVAL, WRONG_SHARE, WRONG_TOKEN, difference, gain, in_turn
+from experiments.drop_layers import INTERVAL, WRONG_SHARE, WRONG_TOKEN, difference, gain, in_turn, with_config
 from experiments.drop_scores import PAPER_GAP, SHAPES, Setting
 from moejax import limits, replication, sharding, thresholds
 from moejax.config import ConfigError, MeshConfig
@@ -77,13 +77,9 @@ def arms_of(one: float, two: float) -> list[Arm]:
     return found
 
 
-def with_config(layer: MoELayer, mesh: Mesh | None = None, **changes: Any) -> MoELayer:
-    """The same arrays under another config, placed on ``mesh``."""
-    other = jax.tree.map(lambda leaf: leaf, layer)
-    other.config = dataclasses.replace(layer.config, **changes)
-    if mesh is None:
-        return other
-    graph, state = nnx.split(other)
+def placed(layer: MoELayer, mesh: Mesh) -> MoELayer:
+    """The layer with its arrays where the rules put them on ``mesh``."""
+    graph, state = nnx.split(layer)
     return nnx.merge(graph, jax.device_put(state, sharding.tree_shardings(state, mesh)))
 
 
@@ -131,11 +127,11 @@ def rows_of(
     expected = {arm.label: jax.jit(output)(virtual, x, arm.limits) for arm in arms}
     calls, programs, errors = {}, {}, {}
     with jax.set_mesh(mesh):
-        placed = jax.device_put(x, NamedSharding(mesh, P(sharding.TOKEN_AXES)))
+        xs = jax.device_put(x, NamedSharding(mesh, P(sharding.TOKEN_AXES)))
         for arm in arms:
             fields = {"dispatcher": "ep", "ep_buffer_factor": counted[arm.label].factor}
-            spread = with_config(layer, mesh, **fields)
-            arguments = (spread, placed, arm.limits)
+            spread = placed(with_config(layer, **fields), mesh)
+            arguments = (spread, xs, arm.limits)
             programs[arm.label] = (jax.jit(output).lower(*arguments).compile(), arguments)
             y = jax.device_get(programs[arm.label][0](*arguments))
             error, wrong = map(float, difference(jnp.asarray(y), expected.pop(arm.label)))

@@ -203,11 +203,7 @@ def check_flags(values: flags.FlagValues) -> None:
 
 def command(values: flags.FlagValues) -> int:
     check_flags(values)
-    try:
-        return sorted_and_told(values)
-    except KeyboardInterrupt:
-        session.say("interrupted: nothing was written")
-        return session.EXIT_CODE
+    return session.all_or_nothing(lambda: sorted_and_told(values))
 
 
 def sorted_and_told(values: flags.FlagValues) -> int:

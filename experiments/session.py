@@ -114,6 +114,15 @@ def interrupted() -> int:
     return EXIT_CODE
 
 
+def all_or_nothing(action: Callable[[], int]) -> int:
+    """Exit code of ``action``, which writes at its end alone: Ctrl-C says that nothing was written."""
+    try:
+        return action()
+    except KeyboardInterrupt:
+        say("interrupted: nothing was written")
+        return EXIT_CODE
+
+
 def define_config_flag(
     values: flags.FlagValues, argv: list[str] | None, text: str = "Config file, with a variant after a colon."
 ) -> None:

@@ -343,11 +343,7 @@ def command(values: flags.FlagValues) -> int:
     check_flags(values)
     if jax.process_count() > 1:
         raise ConfigError("experiments.thresholds runs in one process: counts of several are not put together")
-    try:
-        return found_and_told(values)
-    except KeyboardInterrupt:
-        session.say("interrupted: nothing was written")
-        return session.EXIT_CODE
+    return session.all_or_nothing(lambda: found_and_told(values))
 
 
 def found_and_told(values: flags.FlagValues) -> int:

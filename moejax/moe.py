@@ -114,7 +114,7 @@ class MoELayer(nnx.Module):
                 xs, plan = dispatcher.send(x, table, weigh=weigh_input)
             overflow, sent = dispatcher.overflow(plan), dispatcher.sent(table, plan)
             if table is not kept:
-                sent, overflow = partition.merged_pairs(kept, sent, how)
+                sent, overflow = partition.merged_pairs(kept, table, sent)
             flight = InFlight(
                 xs=xs,
                 plan=plan,

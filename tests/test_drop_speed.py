@@ -199,7 +199,9 @@ def test_two_thresholds_lower_for_cuda(name: str, monkeypatch: pytest.MonkeyPatc
     """The whole layer of the published size, with extents: two kernels of our own."""
     monkeypatch.setattr(backend, "_hopper", lambda: None)
     setting = drop_scores.setting_of(name)
-    layer = drop_layers.with_implementation(jax.eval_shape(lambda: drop_scores.make_layer(setting)), "mosaic_gpu")
+    layer = drop_layers.with_config(
+        jax.eval_shape(lambda: drop_scores.make_layer(setting)), implementation="mosaic_gpu"
+    )
     x = jax.ShapeDtypeStruct((1, setting.tokens, setting.dim), jnp.bfloat16)
     limit = (limits.threshold_drop(0.1, gap=0.02),)
     width = setting.moe.expert_dim

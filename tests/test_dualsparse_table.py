@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import dualsparse_settings as settings
-from experiments.papers import dualsparse
+from experiments.papers import capacity_aware, dualsparse
 from moejax import sharding
 from moejax.config import ConfigError, ExperimentConfig, MoEConfig, RouterConfig, from_mapping
 from moejax.data import load_corpus
@@ -64,7 +64,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(dualsparse.Models, "measure", measure)
         monkeypatch.setattr(dualsparse.Models, "scores", scores)
-        monkeypatch.setattr(dualsparse, "weights_hash", lambda states: "0" * 12)
+        monkeypatch.setattr(capacity_aware, "weights_hash", lambda states: "0" * 12)
         monkeypatch.setattr(dualsparse, "token_shards", lambda mesh: 1)
         state = types.SimpleNamespace(params=None, router_state=None)
         run: Any = types.SimpleNamespace(best=lambda: (state, 0), mesh=None, config=config)

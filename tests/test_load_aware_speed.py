@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import drop_scores, load_aware_speed, session
+from experiments import drop_layers, drop_scores, load_aware_speed, session
 from moejax import limits
 from moejax.results import read_rows
 from moejax.types import RouteContext
@@ -24,7 +24,7 @@ def run(output: Path, *arguments: str) -> int:
 def test_counts_of_virtual_ranks_are_those_of_a_loop():
     setting = drop_scores.setting_of("olmoe", tiny=True)
     with quick_compilation():
-        layer = load_aware_speed.with_config(drop_scores.make_layer(setting), virtual_ranks=2)
+        layer = drop_layers.with_config(drop_scores.make_layer(setting), virtual_ranks=2)
         x = drop_scores.make_tokens(setting, 2 * setting.tokens).reshape(2, setting.tokens, -1)
         arm = load_aware_speed.Arm("2T", (limits.threshold_drop(0.3, gap=0.1),))
         found = load_aware_speed.count(setting, layer, x, arm, 2)

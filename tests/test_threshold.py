@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.replay import pairs_that_differ
+from kernels_pallas.grouped_matmul import groups
 from moejax import dispatch, limits, partition, replay, trace
 from moejax.config import ConfigError, MoEConfig, RouterConfig
+from moejax.limits import threshold as thresholds
 from moejax.limits.threshold import STEPS
 from moejax.moe import MoELayer
 from moejax.sharding import batch_sharding
@@ -340,6 +342,10 @@ def test_limits_that_do_not_fit_the_model(text: str):
     changes, said = CHECKED[text]
     with pytest.raises(ConfigError, match=said):
         limits.check([limits.parse(text)], MoEConfig(**changes), 3, causal=True)
+
+
+def test_blocks_are_those_of_the_kernels():
+    assert thresholds.BLOCK == groups.EXTENT_BLOCK
 
 
 # --- traces -------------------------------------------------------------------------------------------------------

@@ -55,17 +55,12 @@ def make_table(
       ConfigError: a static buffer overflowed, so that pairs were lost that no limit had dropped.
     """
     out, states = workdir / "results.jsonl", {seed: run.best()[0] for seed, run in runs.items()}
-    shards = token_shards(next(iter(runs.values())).mesh)  # a limit acts on each device's own tokens
-    shared: dict[str, Any] = {
-        "paper": PAPER, "scale": config.scale, "config": config.name, "config_hash": config_hash(config),
-        "checkpoint_hash": weights_hash(list(states.values())),
-        "data_hash": facts["data"]["hash"], "batch_shape": (config.table.batch_size // shards, config.data.seq_len),
-        **{k: facts[k] for k in ("command", "commit", "dirty", "device", "device_count", "versions")},
-    }  # fmt: skip
+    shards = token_shards(next(iter(runs.values())).mesh)
+    shared = row_facts(PAPER, config, list(states.values()), shards, facts)
     scoring = _Scoring(runs, states)
     ranks = settings.ranks_of(config, shards)
     for table in (name for name in settings.TABLES if name in config.table.tables):
-        mine = [r for r in read_rows(out) if all(getattr(r, k) == shared[k] for k in _SAME)]
+        mine = made_before(out, shared)
         old = {r.row for r in mine if r.table == table}
         asked = settings.settings(table, config, ranks, curves_of([r for r in mine if r.table == "sweep"]))
         if old >= {*(s.name for s in asked), *(c.name for c in settings.contrasts(table, config))}:
@@ -77,7 +72,23 @@ def make_table(
         append_rows(out, rows)
 
 
-_SAME = ("paper", "config_hash", "checkpoint_hash")
+def row_facts(
+    paper: str, config: ExperimentConfig, states: list[TrainState], shards: int, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """What all rows of a paper's tables say of where they come from. A limit acts on each device's own tokens, so the
+    batch is that of one of the ``shards``."""
+    return {
+        "paper": paper, "scale": config.scale, "config": config.name, "config_hash": config_hash(config),
+        "checkpoint_hash": weights_hash(states), "data_hash": facts["data"]["hash"],
+        "batch_shape": (config.table.batch_size // shards, config.data.seq_len),
+        **{k: facts[k] for k in ("command", "commit", "dirty", "device", "device_count", "versions")},
+    }  # fmt: skip
+
+
+def made_before(out: Path, shared: dict[str, Any]) -> list[ResultRow]:
+    """The rows in ``out`` of the same paper, config and weights."""
+    same = ("paper", "config_hash", "checkpoint_hash")
+    return [row for row in read_rows(out) if all(getattr(row, k) == shared[k] for k in same)]
 
 
 def _make_one(

@@ -21,10 +21,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import dualsparse_settings as settings
 from experiments.dualsparse_settings import METRIC, Setting
-from experiments.papers.capacity_aware import weights_hash
+from experiments.papers.capacity_aware import made_before, row_facts
 from experiments.trace import in_turn
 from moejax import checkpoint, importance, limits, pruning, thresholds
-from moejax.config import ConfigError, ExperimentConfig, ModelConfig, config_hash
+from moejax.config import ConfigError, ExperimentConfig, ModelConfig
 from moejax.data import Batch, eval_batches, train_iterator
 from moejax.evaluate import DomainScore, bits_per_byte
 from moejax.loop import Run
@@ -32,7 +32,7 @@ from moejax.model import build, moe_layer_ids
 from moejax.partition.complete import split_moe
 from moejax.partition.reconstruct import reconstructed
 from moejax.partition.stored import split_checkpoint
-from moejax.results import ResultRow, append_rows, read_rows
+from moejax.results import ResultRow, append_rows
 from moejax.sharding import TOKEN_AXES, put_batch, token_shards, tree_shardings
 from moejax.thresholds import Rule, ScoreTable
 from moejax.train import Scorer, Trainer, TrainState, score_fn, split
@@ -75,15 +75,11 @@ def make_table(
       ConfigError: a static buffer overflowed, so that pairs were lost that nothing had dropped; no calibration text.
     """
     out, states = workdir / "results.jsonl", {seed: run.best()[0] for seed, run in runs.items()}
-    shared: dict[str, Any] = {
-        "paper": PAPER, "scale": config.scale, "config": config.name, "config_hash": config_hash(config),
-        "checkpoint_hash": weights_hash(list(states.values())), "data_hash": facts["data"]["hash"],
-        "batch_shape": (config.table.batch_size // token_shards(next(iter(runs.values())).mesh), config.data.seq_len),
-        **{k: facts[k] for k in ("command", "commit", "dirty", "device", "device_count", "versions")},
-    }  # fmt: skip
+    shards = token_shards(next(iter(runs.values())).mesh)
+    shared = row_facts(PAPER, config, list(states.values()), shards, facts)
     models = {seed: Models(run, states[seed]) for seed, run in runs.items()}
     for table in (name for name in settings.TABLES if name in config.table.tables):
-        mine = [r for r in read_rows(out) if all(getattr(r, k) == shared[k] for k in _SAME)]
+        mine = made_before(out, shared)
         old = {r.row for r in mine if r.table == table}
         asked = settings.settings(table, config)
         if old and old >= {*(s.name for s in asked), *(c.name for c in settings.contrasts(table, config))}:
@@ -94,9 +90,6 @@ def make_table(
         append_rows(
             out, _layers(config, models, this) if table == "layers" else _rows(config, asked, models, this, say)
         )
-
-
-_SAME = ("paper", "config_hash", "checkpoint_hash")
 
 
 def _rows(

@@ -197,9 +197,9 @@ def pairs_of_request(request: Int[Array, "R"], counted: Bool[Array, "R K"]) -> I
 # --- weights --------------------------------------------------------------------------------------
 
 
-def weight_of_token(routing: Routing) -> Float[Array, "R"]:
-    """Sum of the weights of the valid pairs of each row's token."""
-    of_row = jnp.sum(jnp.where(routing.valid, routing.weight, 0.0), axis=1)
+def sum_of_token(routing: Routing, values: Float[Array, "R K"]) -> Float[Array, "R"]:
+    """Sum of ``values`` over the valid pairs of each row's token."""
+    of_row = jnp.sum(jnp.where(routing.valid, values, 0.0), axis=1)
     if routing.token is None:
         return of_row
     return jnp.zeros(routing.probs.shape[0], of_row.dtype).at[routing.token].add(of_row)[routing.token]
@@ -208,6 +208,6 @@ def weight_of_token(routing: Routing) -> Float[Array, "R"]:
 def share_lost_weight(before: Routing, after: Routing) -> Routing:
     """``after`` with each token's weights scaled to the sum that they had in ``before``: pairs that are left take over
     what the dropped ones had. Where none was dropped or added they stay as they are, bit for bit."""
-    left = weight_of_token(after)
-    scale = jnp.where(left > 0, weight_of_token(before) / jnp.where(left > 0, left, 1.0), 1.0)
+    left = sum_of_token(after, after.weight)
+    scale = jnp.where(left > 0, sum_of_token(before, before.weight) / jnp.where(left > 0, left, 1.0), 1.0)
     return dataclasses.replace(after, weight=after.weight * scale[:, None])

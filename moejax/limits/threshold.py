@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.config import ConfigError
 from moejax.limits.budget import device_of
-from moejax.limits.pieces import of_layer, option, over_ranks
+from moejax.limits.pieces import of_layer, option, over_ranks, sum_of_token
 from moejax.routing import computing
 from moejax.types import RouteContext, Routing, pytree, static
 
@@ -28,9 +28,7 @@ def normalised(routing: Routing) -> Float[Array, "R K"]:
     """Each pair's share of its token's scores, over the pairs that are valid: what thresholds are compared with
     (section 3.2 of the paper). 0 for pairs that are not valid, and where all scores of a token are 0."""
     score = jax.lax.stop_gradient(jnp.where(routing.valid, routing.score, 0.0))
-    whole = jnp.sum(score, axis=1)
-    if routing.token is not None:
-        whole = jnp.zeros(routing.probs.shape[0], score.dtype).at[routing.token].add(whole)[routing.token]
+    whole = sum_of_token(routing, score)
     return score / jnp.where(whole > 0, whole, 1.0)[:, None]
 
 

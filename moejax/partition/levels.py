@@ -49,13 +49,9 @@ def spread(routing: Routing, parts: int, held: int = 0) -> Routing:
     def copied(leaf: Array) -> Array:
         return jnp.broadcast_to(leaf[..., None], expert.shape).reshape(shape)
 
-    def widened(leaf: Array) -> Array:
-        repeated = jnp.repeat(leaf[:, :experts], parts, axis=1)
-        return jnp.concatenate([repeated, leaf[:, experts:]], axis=1)
-
     return dataclasses.replace(
         routing, expert=expert.reshape(shape), valid=valid.reshape(shape), weight=copied(routing.weight),
-        score=copied(routing.score), probs=widened(routing.probs), level=None,
+        score=copied(routing.score), probs=_repeated(routing.probs, experts, parts), level=None,
         token=None if routing.token is None else jnp.repeat(routing.token, parts), parts_per_expert=parts,
     )  # fmt: skip
 
@@ -66,19 +62,20 @@ def by_level(routing: Routing) -> Routing:
     experts = routing.probs.shape[-1] - routing.zero_experts
     computes = routing.expert < experts
     expert = jnp.where(computes, 2 * routing.expert + routing.level, routing.expert + experts)
-    probs = jnp.concatenate([jnp.repeat(routing.probs[:, :experts], 2, axis=1), routing.probs[:, experts:]], axis=1)
+    probs = _repeated(routing.probs, experts, 2)
     return dataclasses.replace(routing, expert=expert, probs=probs, level=None, groups_per_expert=2)
 
 
-def merged_pairs(routing: Routing, sent: Routing, how: Parting) -> tuple[Routing, Float[Array, ""]]:
-    """``routing`` without the pairs of which a part overflowed, where ``sent`` is ``prepared(routing, how)`` without
-    what did; and how many they are."""
-    wanted = prepared(routing, how).valid
-    if how.extents is None and how.parts > 1:
-        shape = (*routing.valid.shape, how.parts)
-        whole = jnp.all(sent.valid.reshape(shape) | ~wanted.reshape(shape), axis=-1)
-    else:
-        whole = sent.valid | ~wanted
+def _repeated(probs: Float[Array, "T E"], experts: int, times: int) -> Float[Array, "T E'"]:
+    """Columns of experts that compute several times each, next to one another; those of the others once."""
+    return jnp.concatenate([jnp.repeat(probs[:, :experts], times, axis=1), probs[:, experts:]], axis=1)
+
+
+def merged_pairs(routing: Routing, table: Routing, sent: Routing) -> tuple[Routing, Float[Array, ""]]:
+    """``routing`` without the pairs of which a part overflowed, where ``table`` is what :func:`prepared` made of it and
+    ``sent`` that without what overflowed; and how many they are."""
+    arrived = sent.valid | ~table.valid
+    whole = jnp.all(arrived.reshape(*routing.valid.shape, -1), axis=-1)  # parts of a pair stand together
     lost = jnp.sum(routing.valid & ~whole, dtype=jnp.float32)
     return dataclasses.replace(routing, valid=routing.valid & whole), lost
 
