@@ -23,7 +23,8 @@ def _backend(name: str) -> Backend:
     if name == "ref":
         return Backend(name, ref.moe_ffn)
     if name == "mosaic_gpu":
-        return Backend(name, composed.layer(composed.from_kernels(mosaic_gpu.KERNELS)), _refuse_mosaic_gpu)
+        layer = composed.layer(composed.from_kernels(mosaic_gpu.KERNELS))
+        return Backend(name, composed.whole_tiles(layer, mosaic_gpu.WHOLE), _refuse_mosaic_gpu)
     return Backend(name, composed.layer(composed.from_matmul(name)), composed.refuse_matmul(name))
 
 

@@ -11,6 +11,7 @@ Letters: T tokens, K choices, P = T K rows, E experts, D model, F expert hidden.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -175,6 +176,28 @@ def _row_weights(weight: Float[Array, "T K"], plan: Plan) -> Float[Array, "P"]:
 def from_kernels(kernels: Kernels) -> Primitives:
     """Primitives from fused kernels."""
     return Primitives(kernels.up, kernels.down, kernels.down_backward, kernels.outer, kernels.up_input_gradient)
+
+
+def whole_tiles(moe_ffn: Callable[..., Array], rows: int) -> Callable[..., Array]:
+    """`moe_ffn` for kernels whose rows come in multiples of `rows`: tokens without an expert fill them up."""
+
+    def run(
+        x: Float[Array, "T D"],
+        expert: Int[Array, "T K"],
+        weight: Float[Array, "T K"],
+        params: Weights,
+        activation: Activation,
+        valid: Bool[Array, "T K"] | None = None,
+    ) -> Float[Array, "T D"]:
+        tokens, choices = expert.shape
+        added = ((0, -tokens % (rows // math.gcd(rows, choices))), (0, 0))
+        if added[0][1]:
+            x, weight = jnp.pad(x, added), jnp.pad(weight, added)
+            expert = jnp.pad(expert, added, constant_values=-1)
+            valid = None if valid is None else jnp.pad(valid, added)
+        return moe_ffn(x, expert, weight, params, activation, valid)[:tokens]
+
+    return run
 
 
 def from_matmul(implementation: str) -> Primitives:

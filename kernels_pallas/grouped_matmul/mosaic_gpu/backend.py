@@ -25,7 +25,15 @@ from kernels_pallas.grouped_matmul.mosaic_gpu import outer as outer_kernel
 from kernels_pallas.grouped_matmul.mosaic_gpu import rows, tuning
 from kernels_pallas.grouped_matmul.vjp import differentiable
 
+WHOLE = outer_kernel.ALIGN
+"""Rows come in multiples of this."""
 ALIGN = 64  # a multiple of this is what K, N, D and F must be: one swizzle of bfloat16
+
+
+def whole(rows: Array) -> Array:
+    """Rows up to a multiple of `WHOLE`; the added ones are tail rows."""
+    added = -rows.shape[0] % WHOLE
+    return jnp.pad(rows, ((0, added), (0, 0))) if added else rows
 
 
 def _same_axes[T](operands: T) -> T:
@@ -92,9 +100,15 @@ class Kernels:
     def __init__(self, *, interpret: bool = False) -> None:
         self.interpret = interpret
         self.product = functools.partial(product, interpret=interpret)
-        self.grouped_matmul = differentiable(self.product, outer)
+        self._matmul = differentiable(self.product, outer)
         self._ffn = jax.custom_vjp(self._run, nondiff_argnums=(4,))
         self._ffn.defvjp(self._save, self._pull)
+
+    def grouped_matmul(
+        self, lhs: Float[Array, "P K"], rhs: Array, group_sizes: Int[Array, "G"], **options: Any
+    ) -> Float[Array, "P N"]:
+        """See `api.grouped_matmul`."""
+        return self._matmul(whole(lhs), rhs, group_sizes, **options)[: lhs.shape[0]]
 
     # --- the FFN --------------------------------------------------------------------------------------
 
@@ -109,7 +123,7 @@ class Kernels:
         row_weights: Float[Array, "P"] | None = None,
     ) -> Float[Array, "P D"]:
         """See `api.grouped_ffn`."""
-        ys = self._ffn(xs, group_sizes, weights, extents, activation)
+        ys = self._ffn(whole(xs), group_sizes, weights, extents, activation)[: xs.shape[0]]
         if row_weights is None:
             return ys
         return (ys.astype(jnp.float32) * row_weights[:, None].astype(jnp.float32)).astype(ys.dtype)
@@ -239,7 +253,7 @@ def _hopper() -> str | None:
     return None if capability == "9.0" else f"needs compute capability 9.0 (Hopper), the device has {capability}"
 
 
-def refuse_shapes(dtype: jnp.dtype, num_rows: int, axes: dict[str, int], result: jnp.dtype | None = None) -> str | None:
+def refuse_shapes(dtype: jnp.dtype, axes: dict[str, int], result: jnp.dtype | None = None) -> str | None:
     """Why these shapes cannot run, on any device."""
     if dtype != jnp.bfloat16:
         return f"multiplies bfloat16 only, not {jnp.dtype(dtype).name}"
@@ -248,8 +262,6 @@ def refuse_shapes(dtype: jnp.dtype, num_rows: int, axes: dict[str, int], result:
     for name, size in axes.items():
         if size % ALIGN or size == 0:
             return f"{name}={size} must be a multiple of {ALIGN} (a shared-memory swizzle)"
-    if num_rows % outer_kernel.ALIGN:
-        return f"P={num_rows} must be a multiple of {outer_kernel.ALIGN} (copies of whole tiles): pad the rows"
     return None
 
 
@@ -260,7 +272,7 @@ def refuse_matmul(
     del group_sizes, extents, extent_axis
     n = rhs.shape[1 if transpose_rhs else 2]
     axes = {"K": lhs.shape[1], "N": n}
-    return _hopper() or refuse_shapes(lhs.dtype, lhs.shape[0], axes, preferred_element_type)
+    return _hopper() or refuse_shapes(lhs.dtype, axes, preferred_element_type)
 
 
 def refuse_ffn(xs, group_sizes, weights: Weights, activation, *, extents=None, row_weights=None) -> str | None:
@@ -278,7 +290,7 @@ def refuse_weights(xs, weights: Weights, activation: Activation) -> str | None:
     if (weights.gate is not None) != (activation in GATED):
         return "a gate without a gated activation"
     axes = {"D": weights.up.shape[1], "F": weights.up.shape[2]}
-    return refuse_shapes(xs.dtype, xs.shape[0], axes)
+    return refuse_shapes(xs.dtype, axes)
 
 
 KERNELS = Kernels()

@@ -195,7 +195,6 @@ def _kernel(
     operands: int,
     outputs: int,
     transpose_rhs: bool,
-    parts: int,
     activation: str | None,
     interpret: bool,
 ) -> None:
@@ -214,8 +213,8 @@ def _kernel(
         plgpu.set_max_registers(40, action="decrease")
 
         def tile(place, tile, step):
-            row, column, depth = tile.row, tile.column * width, place.depth
-            expert = lax.div(place.group, jnp.int32(parts))
+            row, column, depth = tile.row, tile.column * grid.unit, place.depth
+            expert = lax.div(place.group, jnp.int32(grid.parts))
 
             def fetch(shares_rhs, pair, k, step):
                 at = claim(empty, step, stages)
@@ -257,7 +256,7 @@ def _kernel(
         mine_n = slice(None) if tall else pl.ds(wg * wn, wn)
 
         def tile(place, tile, step):
-            row, count, column = tile.row, tile.count, tile.column * width
+            row, count, column = tile.row, tile.count, tile.column * grid.unit
             depth = place.depth * operands
             if tall:
                 row, count = row + wg * wm, jnp.clip(count - wg * wm, 0, wm)
@@ -362,9 +361,9 @@ def _call(lhs, rhs, spans, outs, width, b_tile, copies, config, interpret, **opt
         cluster=config.cluster,
         band=config.band,
         extent_axis=None if extents is None else spans.extent_axis,
+        parts=sizes.shape[0] // rhs[0].shape[0],
     )
     options |= {"grid": grid, "config": config, "operands": len(lhs), "outputs": len(outs), "interpret": interpret}
-    options["parts"] = sizes.shape[0] // rhs[0].shape[0]
     kernel = plgpu.kernel(
         functools.partial(_kernel, **options),
         out_type=list(outs),

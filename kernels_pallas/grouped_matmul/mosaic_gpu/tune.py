@@ -314,7 +314,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--interpret needs --output=FILE.json: its times are no choices for a device")
     args.problems = []
     for problem in candidates.problems(args.shape, args.operation, args.rows):
-        if reason := backend.refuse_shapes(DTYPE, problem.rows, {"K": problem.k, "N": problem.n}):
+        if reason := backend.refuse_shapes(DTYPE, {"K": problem.k, "N": problem.n}):
             parser.error(f"{problem} cannot run: {reason}; leave this --shape out")
         args.problems.append(problem)
     return args
