@@ -39,6 +39,14 @@ def per_expert(group_sizes: Int[Array, "G"], experts: int) -> Int[Array, "E"]:
     return jnp.sum(group_sizes.reshape(experts, -1), axis=1, dtype=jnp.int32)
 
 
+def joined(
+    group_sizes: Int[Array, "G"], extents: Int[Array, "G"], experts: int
+) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
+    """One group for each expert, with the largest extent of those of its groups that have rows; 0 without rows."""
+    mine = jnp.where(group_sizes > 0, extents, 0).reshape(experts, -1)
+    return per_expert(group_sizes, experts), jnp.max(mine, axis=1)
+
+
 def round_extents(extents: Int[Array, "G"], columns: int) -> Int[Array, "G"]:
     """What extents mean: rounded up to a multiple of EXTENT_BLOCK, at least 0 and at most `columns`."""
     inside = jnp.clip(extents, 0, columns).astype(jnp.int32)  # first, as the largest integer may stand for "all"

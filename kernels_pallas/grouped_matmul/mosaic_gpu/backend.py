@@ -25,6 +25,8 @@ from kernels_pallas.grouped_matmul.mosaic_gpu import outer as outer_kernel
 from kernels_pallas.grouped_matmul.mosaic_gpu import rows, tuning
 from kernels_pallas.grouped_matmul.vjp import differentiable
 
+FEW_ROWS = 128
+"""Mean rows of an expert up to which its groups are computed as one, with the largest of their extents: a tile's."""
 WHOLE = outer_kernel.ALIGN
 """Rows come in multiples of this."""
 ALIGN = 64  # a multiple of this is what K, N, D and F must be: one swizzle of bfloat16
@@ -129,8 +131,13 @@ class Kernels:
         return (ys.astype(jnp.float32) * row_weights[:, None].astype(jnp.float32)).astype(ys.dtype)
 
     def _run(self, xs, group_sizes, weights, extents, activation):
+        (rows, experts), of_row = (xs.shape[0], weights.up.shape[0]), None
+        if extents is not None and group_sizes.shape[0] > experts and rows <= FEW_ROWS * experts:
+            # A step of decoding waits for weights: groups of one expert would read what both have twice.
+            of_row = groups.row_extents(group_sizes, extents, rows, weights.up.shape[2])
+            group_sizes, extents = groups.joined(group_sizes, extents, experts)
         h, _ = self.up(xs, weights, group_sizes, extents, activation=activation, save=False)
-        return self.down(h, weights, group_sizes, extents)
+        return self.down(groups.cut(h, of_row), weights, group_sizes, extents)
 
     def _save(self, xs, group_sizes, weights, extents, activation):
         h, hidden = self.up(xs, weights, group_sizes, extents, activation=activation, save=True)
