@@ -237,3 +237,35 @@ def test_the_page_says_what_the_rows_say():
         assert judged["2", name].verdict == "not reproduced"
     for name in ("1T: 5 % lose nothing", "2T reconstruct: 10 % lose nothing"):
         assert judged["thresholds", name].verdict == "direction"
+
+
+def test_the_page_says_what_the_rows_of_the_gpu_say():
+    rows = {(row.row, row.metric): row for row in read_rows(ROOT / "experiments" / "results" / "dualsparse_h100.jsonl")}
+    page = " ".join((ROOT / "docs" / "dualsparse.md").read_text().split())
+    arms = ("1T", "2T 0.01", "2T half")
+    for rate in ("10%", "25%", "40%", "50%"):
+        cells = [
+            f"{row.value:.2f} ({row.extra['share_of_proportional_limit']:.0%})".replace("%", " %")
+            for model in ("olmoe", "mixtral")
+            for row in (rows[f"{model}, {arm}, {rate}", "speedup/layer"] for arm in arms)
+        ]  # fmt: skip
+        cells += [f"{rows[f'olmoe, {arm}, {rate}', 'speedup/prefill'].value:.2f}" for arm in arms[:2]]
+        assert f"| {rate} | {' | '.join(cells)} |" in page
+    at = lambda name, metric: rows[name, metric]  # noqa: E731
+    experts = [at(f"{model}, 1T, 25%", "speedup/experts") for model in ("olmoe", "mixtral")]
+    assert "gain {:.2f} (OLMoE) and {:.2f} (Mixtral) at a quarter".format(*(row.value for row in experts)) in page
+    shares = [100 * row.extra["share_of_proportional_limit"] for row in experts]
+    assert "{:.0f} % and {:.0f} % of the proportional limit".format(*shares) in page
+    slower = [
+        at(f"{m}, {a}, 25%", "speedup/layer").extra["speed_over_1t"] for m in ("olmoe", "mixtral") for a in arms[:0:-1]
+    ]
+    assert "at a quarter {:.2f} and {:.2f} of its speed for OLMoE's layer, {:.2f} and {:.2f}".format(*slower) in page
+    one, sixteen = ([at(f"{m}, 1T, 25%", f"speedup/decode/{b}").value for m in ("olmoe", "mixtral")] for b in (1, 16))
+    assert "gains {:.2f} (OLMoE) and {:.2f} (Mixtral) for one token".format(*one) in page
+    assert "{:.2f} and {:.2f} for 16".format(*sixteen) in page
+    kept = (
+        at("olmoe, opportunistic, keep=2", "speedup/decode/16"),
+        at("mixtral, opportunistic, keep=1", "speedup/decode/1"),
+    )
+    assert f"16 tokens gains {kept[0].value:.2f}" in page and f"one token {kept[1].value:.2f}" in page
+    assert "({:.2f} and {:.2f} there)".format(*(row.extra["bound_by_bytes"] for row in kept)) in page

@@ -235,7 +235,11 @@ def test_seeds_make_intervals(workspace: Path, finished: Path, command: list[str
     command += ["--config.table.factors=(1.0,)", "--config.table.max_tokens=256"]
     assert execute(*command, "--config.table.seeds=(1, 2)") == 2
     assert "config.train.seed was 0, is 1" in capsys.readouterr().err
+    beside = ["--config.table.name=", "--config.train.seed=1", f"--workdir={workdir / 'seeds' / '1'}"]
+    assert execute(*command, *beside) == 0  # by a process of its own, as it may
+    capsys.readouterr()
     assert execute(*command, "--config.table.seeds=(0, 1, 2)") == 0
+    assert len(re.findall("resuming|compiled", capsys.readouterr().err)) == 1  # seed 2 alone is trained
     assert {path.name for path in (workdir / "seeds").iterdir()} == {"1", "2"}
     rows = read_rows(workdir / "results.jsonl")
     new = {row.row: row for row in rows if len(row.values_by_seed) == 3}
