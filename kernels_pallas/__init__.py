@@ -6,6 +6,7 @@ and obvious, the oracle), one file for each back end, `specs.py` (shapes shared 
 """
 
 from kernels_pallas.dispatch import Backend, BackendRefused, Explanation, Implementation, Operation
+from kernels_pallas.gather_rows import COMBINE_ROWS, GATHER_ROWS, combine_rows, gather_rows
 from kernels_pallas.grouped_matmul import (
     GATED,
     GROUPED_FFN,
@@ -17,7 +18,9 @@ from kernels_pallas.grouped_matmul import (
 from kernels_pallas.moe_ffn import MOE_FFN, moe_ffn
 
 __all__ = [
+    "COMBINE_ROWS",
     "GATED",
+    "GATHER_ROWS",
     "GROUPED_FFN",
     "GROUPED_MATMUL",
     "MOE_FFN",
@@ -27,6 +30,8 @@ __all__ = [
     "Implementation",
     "Operation",
     "clamped_swiglu",
+    "combine_rows",
+    "gather_rows",
     "grouped_ffn",
     "grouped_matmul",
     "moe_ffn",

@@ -9,8 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.dispatch import Implementation
+from kernels_pallas.gather_rows import combine_rows, gather_rows
 from moejax.routing import computing
 from moejax.types import DispatchPlan, Routing
+
+GATHER: Implementation = None
+"""Who copies rows: None is the platform's best (a kernel on Hopper, for shapes that it takes), "ref" is XLA."""
+COMBINE: Implementation = "ref"
+"""Who sums a token's rows, in the same way."""
 
 
 def dispatch(x: Float[Array, "T D"], plan: DispatchPlan, *, backend: str = "local") -> Float[Array, "P D"]:
@@ -28,7 +35,7 @@ def weighted_rows(
     if backend == "dense":  # row e T + t, whether or not t chose e: combine reads the pairs' rows only
         of_row = jnp.zeros(xs.shape[0]).at[plan.row_of_pair.reshape(-1)].set(weight.reshape(-1), mode="drop")
     else:
-        of_row = take(weight.reshape(-1), plan.pair_of_row)
+        of_row = _read(weight.reshape(-1), plan.pair_of_row)
     return (of_row[:, None] * xs.astype(jnp.float32)).astype(xs.dtype)
 
 
@@ -46,7 +53,7 @@ def combine(
     """
     if plan.token is not None:
         # Expert choice: how many pairs a token has is not known beforehand, so this is a sum by token.
-        pairs = weight.astype(jnp.float32) * take(ys, plan.row_of_pair[:, 0]).astype(jnp.float32)
+        pairs = weight.astype(jnp.float32) * _read(ys, plan.row_of_pair[:, 0]).astype(jnp.float32)
         summed = jnp.zeros((num_tokens, ys.shape[1]), jnp.float32).at[plan.token].add(pairs)
         return summed.astype(ys.dtype)
     if backend == "dense":
@@ -55,16 +62,17 @@ def combine(
 
 
 def take(x: Array, index: Array) -> Array:
-    """Rows of ``x``; zeros where the index is out of bounds."""
+    """Rows of ``x``, written out; zeros where the index is out of bounds."""
+    return gather_rows(x, index, implementation=GATHER) if x.ndim == 2 and index.ndim == 1 else _read(x, index)
+
+
+def _read(x: Array, index: Array) -> Array:
+    # As `take`, for what reads the rows in the same pass: XLA fuses its own gather, and no kernel.
     return x.at[index].get(mode="fill", fill_value=0)
 
 
 def _weighted_sum(ys: Array, weight: Array, row_of_pair: Array) -> Array:
-    # Unrolled over K: no [T, K, D] temporary (see the measurements behind it in docs/architecture.md).
-    total = jnp.zeros_like(ys, jnp.float32, shape=(weight.shape[0], ys.shape[1]))
-    for k in range(weight.shape[1]):
-        total = total + weight[:, k, None].astype(jnp.float32) * take(ys, row_of_pair[:, k]).astype(jnp.float32)
-    return total.astype(ys.dtype)
+    return combine_rows(ys, row_of_pair, weight, implementation=COMBINE)
 
 
 @jax.custom_vjp
@@ -95,10 +103,10 @@ def _combine_fwd(ys: Array, weight: Array, token_of_row: Array, row_of_pair: Arr
 
 def _combine_bwd(saved: tuple, dy: Array) -> tuple:
     ys, weight, token_of_row, row_of_pair, pair_of_row = saved
-    weight_of_row = take(weight.reshape(-1), pair_of_row).astype(jnp.float32)
-    dys = (weight_of_row[:, None] * take(dy, token_of_row).astype(jnp.float32)).astype(ys.dtype)
+    weight_of_row = _read(weight.reshape(-1), pair_of_row).astype(jnp.float32)
+    dys = (weight_of_row[:, None] * _read(dy, token_of_row).astype(jnp.float32)).astype(ys.dtype)
     dweight = [
-        jnp.sum(take(ys, row_of_pair[:, k]).astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
+        jnp.sum(_read(ys, row_of_pair[:, k]).astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
         for k in range(weight.shape[1])
     ]
     return dys, jnp.stack(dweight, axis=1).astype(weight.dtype), None, None, None

@@ -1,0 +1,21 @@
+"""Back end `ref`: XLA's gather. It may be fused into what reads it, and it is the oracle."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def gather_rows(x: Float[Array, "N D"], index: Int[Array, "R"]) -> Float[Array, "R D"]:
+    """See `api.gather_rows`."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def combine_rows(
+    ys: Float[Array, "R D"], row_of_pair: Int[Array, "T K"], weight: Float[Array, "T K"]
+) -> Float[Array, "T D"]:
+    """See `api.combine_rows`."""
+    # Unrolled over K: no [T, K, D] temporary (see the measurements behind it in docs/architecture.md).
+    total = jnp.zeros_like(ys, jnp.float32, shape=(weight.shape[0], ys.shape[1]))
+    for k in range(weight.shape[1]):
+        rows = gather_rows(ys, row_of_pair[:, k]).astype(jnp.float32)
+        total = total + weight[:, k, None].astype(jnp.float32) * rows
+    return total.astype(ys.dtype)
