@@ -115,11 +115,18 @@ def make_layer(setting: Setting, seed: int = 0) -> MoELayer:
     return jax.jit(make)()
 
 
-def make_tokens(setting: Setting, count: int, seed: int = 0) -> Float[Array, "T D"]:
-    """Normal tokens with a common mean that gives each expert's logits the mean that its popularity asks for."""
+def popularity(setting: Setting) -> Float[np.ndarray, "E"]:
+    """Means of the experts' logits: normal quantiles times the shape's popularity, the experts in random order."""
     experts = setting.moe.num_experts
     quantiles = np.array([NormalDist().inv_cdf((i + 0.5) / experts) for i in range(experts)], np.float32)
-    means = setting.shape.popularity * np.random.default_rng(0).permutation(quantiles)
+    return setting.shape.popularity * np.random.default_rng(0).permutation(quantiles)
+
+
+def make_tokens(
+    setting: Setting, count: int, seed: int = 0, means: Float[np.ndarray, "E"] | None = None
+) -> Float[Array, "T D"]:
+    """Normal tokens with a common mean that gives each expert's logits their mean; None: :func:`popularity`."""
+    means = popularity(setting) if means is None else means
     kernel = np.asarray(router_kernel(setting))
     mean = kernel @ np.linalg.solve(kernel.T @ kernel, means)  # the shortest with these logits
     key = jax.random.fold_in(jax.random.key(1), seed)

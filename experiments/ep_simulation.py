@@ -1,14 +1,17 @@
-"""What capacity limits would save on 8 ranks of expert parallelism: a simulation from times of one device.
+r"""What capacity limits would save on 8 ranks of expert parallelism: a simulation from times of one device.
 
-    python -m experiments.ep_simulation [--models=olmoe,mixtral] [--times=times.csv] [--output=simulated.jsonl]
+    python -m experiments.ep_simulation [--models=olmoe,mixtral] [--output=simulated.jsonl]
+    python -m experiments.ep_simulation --models=olmoe,mixtral --times=olmoe=a.csv,mixtral=b.csv --seconds_fixed=5e-4 \
+        --exchange_seconds_per_row=1e-7
     python -m experiments.ep_simulation --seconds_per_row=2e-7 --seconds_fixed=5e-4 --exchange_seconds_per_row=1e-7
 
 The time of an MoE layer is that of its busiest rank::
 
     seconds_fixed + exchange_seconds_per_row * rows + expert time(rows) + expert time(rows of shared experts)
 
-Expert time is linear, or read between the points of ``--times`` (``rows,seconds`` lines, measured on one device). Times
-are those of OLMoE's layer; of another model experts cost by D F, the rest by D. Loads are lognormal quantiles with the
+Expert time is linear, or read between the points of ``--times`` (``rows,seconds`` lines, measured on one device:
+``experiments.expert_times``). Times are those of OLMoE's layer; of another model experts cost by D F, unless a file of
+its own says what, and the rest by D. Loads are lognormal quantiles with the
 max/mean that the paper observed (7 OLMoE, 5 DeepSeek-V2-Lite, 3 Qwen1.5-MoE and Mixtral), the same in every layer;
 experts lie on ranks at random, averaged over ``--placements``; every rank sends the same share. Without flags times are
 one bar of the paper's OLMoE chart, read off (gate 0.55, experts 4.15, permute and exchange 2.2 ms, without a limit):
@@ -18,7 +21,7 @@ beside: 8 H20, six for Qwen.
 
 import csv
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -125,14 +128,17 @@ class Times:
     exchange: float
     """Seconds for each row of the busiest rank."""
     experts: Callable[[float], float]
-    """Rows -> seconds."""
+    """Rows -> seconds, of OLMoE's experts."""
+    measured: Mapping[str, Callable[[float], float]] = dataclasses.field(default_factory=dict)
+    """The same of a model's own experts, by its name, where they were measured."""
 
-    def layer(self, model: Model, rows: float) -> float:
-        """Seconds of a layer of ``model`` whose busiest rank has ``rows`` rows for its routed experts."""
-        dim = model.dim / MODELS["olmoe"].dim
-        expert = dim * model.width / MODELS["olmoe"].width
-        shared = self.experts(TOKENS * model.shared) if model.shared else 0.0
-        return dim * (self.fixed + self.exchange * rows) + expert * (self.experts(rows) + shared)
+    def layer(self, name: str, rows: float) -> float:
+        """Seconds of a layer of the model ``name`` whose busiest rank has ``rows`` rows for its routed experts."""
+        model, of = MODELS[name], MODELS["olmoe"]
+        dim, experts = model.dim / of.dim, self.measured.get(name, self.experts)
+        scale = 1.0 if name in self.measured else dim * model.width / of.width
+        shared = experts(TOKENS * model.shared) if model.shared else 0.0
+        return dim * (self.fixed + self.exchange * rows) + scale * (experts(rows) + shared)
 
 
 def read_times(path: Path) -> Callable[[float], float]:
@@ -206,7 +212,7 @@ def simulate(name: str, times: Times, count: int, spare: int = 1) -> list[Outcom
     every = placements(model, count)
 
     def mean_time(rows: list[np.ndarray]) -> float:
-        return float(np.mean([times.layer(model, r.max() * unit) for r in rows]))
+        return float(np.mean([times.layer(name, r.max() * unit) for r in rows]))
 
     base = [rank_loads(loads, model.ranks) for loads in every]
 
@@ -275,7 +281,10 @@ def render(outcomes: list[Outcome]) -> str:
 def define_time_flags(values: flags.FlagValues) -> None:
     """What :func:`times_of` reads."""
     number: dict[str, Any] = {"lower_bound": 0.0, "flag_values": values}
-    flags.DEFINE_string("times", None, "CSV of rows,seconds: expert time of one device by load.", flag_values=values)
+    flags.DEFINE_list(
+        "times", [], "CSV of rows,seconds: expert time of one device by load. MODEL=FILE: of that model's own experts.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_float("seconds_per_row", None, "Expert time of a row, instead of --times.", **number)
     flags.DEFINE_float("seconds_fixed", None, "What a layer costs whatever the load.", **number)
     flags.DEFINE_float("exchange_seconds_per_row", None, "Permutation and exchange of a row.", **number)
@@ -292,25 +301,40 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_string("output", None, "Results file to add the rows to.", flag_values=values)
 
 
-def times_of(values: flags.FlagValues) -> Times:
+def times_of(values: flags.FlagValues, models: Sequence[str] = ()) -> Times:
     """The times that the flags give; without any those of the paper's bar.
 
+    Args:
+      models: that ``--times`` may name, and needs times of.
+
     Raises:
-      ConfigError: both forms of expert time, or only some of what is needed.
+      ConfigError: both forms of expert time, only some of what is needed, a file of a model that there is not.
     """
     given = (values.seconds_per_row, values.seconds_fixed, values.exchange_seconds_per_row)
-    if values.times is None and all(v is None for v in given):
+    if not values.times and all(v is None for v in given):
         return default_times(values.placements)
-    if (values.times is None) == (values.seconds_per_row is None):
+    parted = [text.rpartition("=") for text in values.times]
+    files = {name: path for name, _, path in parted}
+    if len(files) < len(parted) or any(name and name not in models for name in files):
+        known = f" or MODEL=FILE, each once; models are {', '.join(models)}" if models else "; here one alone"
+        raise ConfigError(f"--times={','.join(values.times)}: give FILE{known}")
+    if ("" in files and values.seconds_per_row is not None) or not (files or values.seconds_per_row is not None):
         raise ConfigError("--times and --seconds_per_row both say the experts' time: give one of them")
     if values.seconds_fixed is None or values.exchange_seconds_per_row is None:
         raise ConfigError(
             "--seconds_fixed and --exchange_seconds_per_row are missing: times of the paper's bar do not go with your "
             "own expert times; give 0 to leave one out"
         )
+    measured = {name: read_times(Path(path)) for name, path in files.items()}
     per_row = values.seconds_per_row
-    experts = read_times(Path(values.times)) if values.times else lambda load: per_row * load
-    return Times(values.seconds_fixed, values.exchange_seconds_per_row, experts)
+    experts = measured.pop("", None if per_row is None else lambda load: per_row * load) or measured.get("olmoe")
+    if lacking := [name for name in models if experts is None and name not in measured]:
+        raise ConfigError(
+            f"--times={','.join(values.times)} says nothing of {lacking[0]}: add {lacking[0]}=FILE, or the times of "
+            "OLMoE's experts as FILE or olmoe=FILE, which are scaled by their size"
+        )
+    experts = experts or next(iter(measured.values()))  # not asked for: every model has its own
+    return Times(values.seconds_fixed, values.exchange_seconds_per_row, experts, measured)
 
 
 def command(values: flags.FlagValues) -> int:
@@ -318,7 +342,7 @@ def command(values: flags.FlagValues) -> int:
         raise ConfigError(f"--models={unknown[0]}: choose among {', '.join(MODELS)}")
     if values.output:
         session.check_output(values.output)
-    times = times_of(values)
+    times = times_of(values, values.models)
     outcomes = [o for name in values.models for o in simulate(name, times, values.placements, values.spare)]
     print(render(outcomes), flush=True)
     if values.output:

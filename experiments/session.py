@@ -349,6 +349,15 @@ def command_line() -> str:
     return " ".join(["python -m", f"experiments.{module}", *(shlex.quote(a) for a in arguments)])
 
 
+def row_facts(paper: str, table: str) -> dict[str, Any]:
+    """What every row of values that a command measures says of where it comes from."""
+    facts = environment_facts()
+    return {
+        "kind": "value", "paper": paper, "table": table, "command": command_line(),
+        **{name: facts[name] for name in ("commit", "dirty", "device", "device_count", "versions")},
+    }  # fmt: skip
+
+
 def exchange_facts(config: ExperimentConfig, token_shards: int) -> dict[str, Any] | None:
     """How rows travel under expert parallelism, and how many each device reserves for a training micro-batch; None
     where tokens stay on their device.

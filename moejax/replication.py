@@ -3,20 +3,24 @@
 Some ranks get copies of the experts that draw the most pairs, each pair is computed by one copy, and nothing is lost.
 The idea is that of DeepSeek-V3's redundant experts (2412.19437, section 3.4), made from recorded loads: copies go to
 the experts with the largest load for each copy, then the copies, the heaviest first, to the rank with the least load
-that has room. A layer takes a placement as its transform: ``layer.transforms = nnx.data((placement,))``.
+that has room. A layer takes a placement as its transform: ``layer.transforms = nnx.data((placement,))``. It then
+gathers the copies' weights in each call; :func:`store_copies` stores them, each in its slot.
 
-Letters: E experts, R ranks, N = R * s slots (s on each rank), T tokens, K choices per row.
+Letters: E experts, R ranks, N = R * s slots (s on each rank), T tokens, K choices per row, L layers.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.config import ConfigError
-from moejax.types import ExpertWeights, Routing, pytree
+from moejax.types import ExpertWeights, Routing, pytree, static
 
 
 @pytree
@@ -29,8 +33,12 @@ class Replicated:
     slots_of_expert: Int[Array, "E most"]
     """Slots that hold each expert, in order; those past the number of its copies repeat the first."""
     copies: Int[Array, "E"]
+    stored: bool = static(False)
+    """The layer's arrays are those of the slots already."""
 
     def weights(self, weights: ExpertWeights) -> ExpertWeights:
+        if self.stored:
+            return weights
         return jax.tree.map(lambda leaf: leaf[self.expert_of_slot], weights)
 
     def remap(self, routing: Routing) -> Routing:
@@ -89,6 +97,34 @@ def replicate(loads: Float[np.ndarray, "E"], ranks: int, extra: int) -> Replicat
     places = [np.flatnonzero(expert_of_slot == e) for e in range(experts)]
     table = np.stack([np.concatenate([p, np.full(copies.max() - len(p), p[0])]) for p in places])
     return Replicated(*(jnp.asarray(a, jnp.int32) for a in (expert_of_slot, table, copies)))
+
+
+def stacked(placements: Sequence[Replicated]) -> Replicated:
+    """The placements of L layers as one, with a leading axis of layers, for blocks that stand stacked in a model."""
+    most = max(p.slots_of_expert.shape[1] for p in placements)
+
+    def wide(p: Replicated) -> Replicated:
+        table = p.slots_of_expert
+        rest = jnp.repeat(table[:, :1], most - table.shape[1], axis=1)
+        return dataclasses.replace(p, slots_of_expert=jnp.concatenate([table, rest], axis=1))
+
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(wide, placements))
+
+
+def store_copies(layer: Any, placement: Replicated) -> None:
+    """Gives each slot of an MoE layer, or of L of them that stand stacked (with a placement from :func:`stacked`), an
+    array of its own for its expert's weights, and the layer ``placement`` as its transform. In place: the arrays of the
+    E experts are no longer in it. What it computes stays, bit for bit; a training step would part the copies."""
+    slots = placement.expert_of_slot
+
+    def of_slots(variable: nnx.Variable) -> nnx.Variable:
+        value = variable[...]
+        return variable.replace(value[slots] if slots.ndim == 1 else jax.vmap(jnp.take, (0, 0, None))(value, slots, 0))
+
+    graph, state = nnx.split(layer.store)
+    held = jax.tree.map(of_slots, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    layer.store = nnx.merge(graph, held)
+    layer.transforms = nnx.data((dataclasses.replace(placement, stored=True),))
 
 
 def rank_loads(loads: Float[np.ndarray, "E"], ranks: int, placement: Replicated | None = None) -> np.ndarray:

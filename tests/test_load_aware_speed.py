@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import drop_layers, drop_scores, load_aware_speed, session
+from experiments import drop_layers, drop_scores, load_aware_speed, rank_layers, session
 from moejax import limits
 from moejax.results import read_rows
 from moejax.types import RouteContext
@@ -26,10 +26,12 @@ def test_counts_of_virtual_ranks_are_those_of_a_loop():
     with quick_compilation():
         layer = drop_layers.with_config(drop_scores.make_layer(setting), virtual_ranks=2)
         x = drop_scores.make_tokens(setting, 2 * setting.tokens).reshape(2, setting.tokens, -1)
-        arm = load_aware_speed.Arm("2T", (limits.threshold_drop(0.3, gap=0.1),))
-        found = load_aware_speed.count(setting, layer, x, arm, 2)
-        begin = jax.jit(lambda layer, x: layer.begin(x, RouteContext(record=True), arm.limits).record.kept)
-        kept = jax.device_get(begin(layer, x))
+        in_force = (limits.threshold_drop(0.3, gap=0.1),)
+        begin = jax.jit(lambda layer, x: layer.begin(x, RouteContext(record=True), in_force).record)
+        record = jax.device_get(begin(layer, x))
+    kept = record.kept
+    decided = (record.made.expert, kept.expert, kept.valid, kept.level)
+    found = rank_layers.counted(*decided, experts=setting.moe.num_experts)
     work, to, half = np.zeros(2), np.zeros((2, 2)), setting.moe.num_experts // 2
     for source, token, k in np.argwhere(kept.valid):
         device = int(kept.expert[source, token, k]) // half
@@ -61,8 +63,8 @@ def test_thresholds_by_load_drop_less_for_the_same_prediction(tmp_path: Path, mo
 
 @pytest.mark.slow  # the same check: tests/test_drop_speed.py
 def test_a_wrong_output_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(load_aware_speed, "arms_of", lambda *a: [load_aware_speed.Arm("none")])
-    monkeypatch.setattr(load_aware_speed, "difference", lambda a, b: (1.0, 0.5))
+    monkeypatch.setattr(load_aware_speed, "arms_of", lambda *a: [rank_layers.NONE])
+    monkeypatch.setattr(rank_layers, "difference", lambda a, b: (1.0, 0.5))
     assert run(tmp_path / "rows.jsonl") == 2
     assert "WRONG: olmoe, none: 50.00% of the tokens" in capsys.readouterr().err
     assert not (tmp_path / "rows.jsonl").exists()
