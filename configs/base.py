@@ -96,7 +96,8 @@ def get_config() -> ConfigDict:
     config.model.moe.expert_bias = False
     config.model.moe.weigh = "output"  # output | input: what the gate weight multiplies
     config.model.moe.zero_experts = 0  # experts that return their input, beside num_experts
-    config.model.moe.parts = 1  # parts of each expert, stored and dispatched apart (docs/dualsparse.md)
+    config.model.moe.parts = 1  # parts of each expert, stored and dispatched apart (docs/partition.md)
+    config.model.moe.part_order = "expert"  # expert | part: which of them stand together, and so on one rank
     config.model.moe.capacity_factor = 0.0  # 0: dropless
     config.model.moe.capacity_order = "score"  # score | order | reverse | random
     config.model.moe.capacity_limits = ()  # any limits instead, ("expanded_drop:factor=1.5",): docs/limits.md
@@ -179,6 +180,7 @@ def get_config() -> ConfigDict:
     config.table.tables = ("1",)  # of the module's tables those that are made
     config.table.arms = ()
     config.table.factors = ()
+    config.table.layer_factors = ()  # one for each MoE layer, of a row of its own
     config.table.margin = 0.005
     config.table.tune_steps = 0  # of each model that the table fine-tunes
     config.table.max_tokens = 0

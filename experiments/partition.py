@@ -1,12 +1,13 @@
 """Splits each expert of a checkpoint into P narrower ones that together compute the same, or merges them again
-(DualSparse-MoE, 2508.18376; ``docs/dualsparse.md``).
+(DualSparse-MoE, 2508.18376; ``docs/partition.md``).
 
     python -m experiments.partition --checkpoint=runs/mine --parts=2 --form=complete --output=runs/mine-p2
     python -m experiments.partition --checkpoint=runs/mine-p2 --form=merge --output=runs/mine-again
 
 ``--form=complete``: the router knows the parts, E P experts of which k P are chosen; for fine-tuning. ``partial``: the
 router stays, and each pair is spread over its expert's parts when it is dispatched. ``merge``: what was split is
-joined, ``moe.parts`` before ``router.copies``; bit for bit where P is a power of two.
+joined, ``moe.parts`` before ``router.copies``; bit for bit where P is a power of two. With ``--part_order=part`` the
+parts of an expert (of the partial form) stand apart, for S-ETP; to change the order, merge and split again.
 
 ``--checkpoint`` is a workdir (its best checkpoint), a step folder or a Hugging Face folder. ``--output`` must be new or
 empty and appears when it is complete: a workdir that every command takes. Of a run of ours it holds the optimizer's
@@ -27,7 +28,9 @@ from moejax.partition import complete, stored
 from moejax.validate import check_model, has_experts
 
 
-def planned(model: ModelConfig, form: str, parts: int) -> tuple[ModelConfig, int, complete.Form]:
+def planned(
+    model: ModelConfig, form: str, parts: int, part_order: complete.PartOrder | None = None
+) -> tuple[ModelConfig, int, complete.Form]:
     """The model that is made, of how many parts, and the form that they have or, with ``form="merge"``, had.
 
     Raises:
@@ -36,12 +39,14 @@ def planned(model: ModelConfig, form: str, parts: int) -> tuple[ModelConfig, int
     if not has_experts(model):
         raise ConfigError("the model of --checkpoint has no experts to split")
     if form == "merge":
+        if part_order:
+            raise ConfigError(f"--part_order={part_order}: merging goes by the order that the parts have; leave it out")
         moe, parts, of_form = complete.merge_moe(model.moe, parts)
     else:
         if not parts:
             raise ConfigError(f"--parts is missing: into how many parts --form={form} splits each expert")
         of_form = "complete" if form == "complete" else "partial"
-        moe = complete.split_moe(model.moe, parts, of_form)
+        moe = complete.split_moe(model.moe, parts, of_form, part_order)
     if model.moe.capacity_limits and of_form == "complete":
         raise ConfigError(
             f"moe.capacity_limits={model.moe.capacity_limits} of --checkpoint count and compare whole experts, and the "
@@ -65,7 +70,8 @@ def changes(before: Any, after: Any, path: str = "model") -> list[str]:
 
 
 def experts_of(moe: MoEConfig) -> str:
-    parts = f", each stored as {moe.parts} parts" if moe.parts > 1 else ""
+    order = " that stand apart" if moe.parts_apart else ""
+    parts = f", each stored as {moe.parts} parts{order}" if moe.parts > 1 else ""
     copies = f" ({moe.num_experts // moe.router.copies} originals)" if moe.router.copies > 1 else ""
     return f"{moe.num_experts} experts{copies} of width {moe.expert_dim}, top-{moe.router.k}{parts}"
 
@@ -80,6 +86,10 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_integer(
         "parts", 0, "Parts of each expert. With --form=merge: how many are joined; 0: all.", flag_values=values
     )
+    flags.DEFINE_enum(
+        "part_order", None, ["expert", "part"], "Of --form=partial: the parts of an expert together, or apart, so that "
+        "ranks of expert parallelism share each expert. Default: as they are.", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_string("output", None, "Workdir to write; new or empty.", flag_values=values)
     flags.DEFINE_integer(
         "steps", 0, "train.steps of the outcome, to train on after a finished run; 0: as it was.", flag_values=values
@@ -98,14 +108,14 @@ def command(values: flags.FlagValues) -> int:
     if values.without_limits:
         moe = dataclasses.replace(before.model.moe, capacity_limits=())
         before = dataclasses.replace(before, model=dataclasses.replace(before.model, moe=moe))
-    model, parts, of_form = planned(before.model, values.form, values.parts)
+    model, parts, of_form = planned(before.model, values.form, values.parts, values.part_order)
     source = derived.read(values.checkpoint)
     config = _config(before, model, values.steps, source)
     moe = before.model.moe
     if values.form == "merge":
         arrays = stored.merge_checkpoint(source.arrays, moe, parts)
     else:
-        arrays = stored.split_checkpoint(source.arrays, moe, parts, of_form)
+        arrays = stored.split_checkpoint(source.arrays, moe, parts, of_form, values.part_order)
     record = {"command": session.command_line(), "form": values.form, "of_form": of_form, "parts": parts}
     told = json.dumps(record | {"source": source.origin}, indent=1, sort_keys=True) + "\n"
     derived.write(values.output, source, config, arrays, record, {"partition.json": told})

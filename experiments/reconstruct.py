@@ -240,8 +240,9 @@ def write(values: flags.FlagValues, made: Importance, meta: dict[str, Any], metr
             f"--checkpoint={values.checkpoint} holds other weights now than those that were measured: give the step "
             "folder, or wait for the training there to end"
         )
-    order = importance.by_store(source.config.model, reconstruct.order(made.sums[metric]))
-    arrays, moved = reconstruct.reconstructed(source.arrays, order)
+    model = source.config.model
+    order = importance.by_store(model, reconstruct.order(made.sums[metric]))
+    arrays, moved = reconstruct.reconstructed(source.arrays, order, model.moe.parts_apart)
     record = {
         "what": "reconstruct", "command": session.command_line(), "metric": metric, "asked": values.metric,
         "losses": meta["losses"], "columns": meta["columns"], "tokens": made.tokens, "text": meta["text"],

@@ -1,7 +1,7 @@
 """Bandwidth of S-ETP against true expert-tensor parallelism (DualSparse-MoE, 2508.18376) on the devices of one host.
 
     python -m experiments.setp_speed --output=setp.jsonl [--tensor=2] [--mib=1,4,16,64] [--factor=fit] \
-        [--measure=collectives,trip,layer] [--experts=0 --k=8 --dim=2048 --expert_dim=1024 --tokens=8192] [--tiny]
+        [--measure=collectives,trip,layer] [--experts=64 --k=8 --dim=2048 --expert_dim=1024 --tokens=8192] [--tiny]
 
 R devices are EP groups times TP = ``--tensor``; each has tokens of its own. Three ways to bring them to all parts of
 their experts and back:
@@ -13,7 +13,8 @@ their experts and back:
     The same with the all-gather of tokens before the all-to-all, and the reduce-scatter of their sums after it: a token
     is gathered once, however many experts it has. Not in the paper.
 ``S-ETP``
-    Each pair as TP pairs, one for each part of its expert, and one all-to-all over all R devices each way.
+    Each pair as TP pairs, one for each part of its expert, and one all-to-all over all R devices each way. Parts stand
+    apart (``moe.part_order="part"``), so that a device holds what it holds in ETP.
 
 ``collectives`` are those of rows alone, from buffer to buffer and back; ``trip`` has plan, counts, packing and the
 weighted sum too; both without experts. Bandwidth is the paper's: bytes of the tokens that a device has (``--mib``;
@@ -21,9 +22,8 @@ bfloat16, on a CPU float32) over the time of both directions. Timings of the way
 median over such pairs. Routing is uniform. Every way is checked before it is timed: it must bring each token to every
 part of its experts, and back.
 
-``layer`` is a whole MoE layer on equal tokens: ``moe.parts`` on R ranks against the mesh axis ``model``, where the TP
-devices of a group have the same tokens. It has an expert for each group, as a device then holds what it holds in ETP.
-In the other two parts lie so for any number of experts; ``moe.parts`` itself keeps the parts of an expert together.
+``layer`` is a whole MoE layer on equal tokens: ``moe.parts`` on R ranks, with parts apart, against the mesh axis
+``model``, where the TP devices of a group have the same tokens.
 """
 
 import dataclasses
@@ -83,19 +83,19 @@ class Grid:
         config = MeshConfig(data=1, expert=self.ranks) if soft else MeshConfig(data=self.tensor, expert=self.groups)
         return sharding.make_mesh(config, jax.devices()[: self.ranks])
 
+    @property
+    def in_parts(self) -> dict[str, Any]:
+        """Of S-ETP's :class:`MoEConfig`. Rank ``p groups + g`` has part p of the experts of group g, as the device of
+        that number has in :meth:`mesh` of the other ways."""
+        return {"parts": self.tensor, "part_order": "part"}
+
     def spread(self, table: Routing) -> Routing:
-        """``table`` over parts, with ids in the order of the devices that hold them: group, part, expert of the
-        group."""
-        parts, each = self.tensor, self.experts // self.groups
-        made = partition.spread(table, parts)
-        expert, part = made.expert // parts, made.expert % parts
-        ids = (expert // each * parts + part) * each + expert % each
-        return dataclasses.replace(made, expert=ids)
+        """``table`` over parts."""
+        return partition.spread(table, self.tensor, apart=True)
 
     def pieces(self, ids: Any) -> tuple[Any, Any]:
         """``(expert, part)`` of ids that :meth:`spread` gave."""
-        each = self.experts // self.groups
-        return ids // (each * self.tensor) * each + ids % each, ids // each % self.tensor
+        return ids % self.experts, ids // self.experts
 
 
 def fitted(expert: np.ndarray, grid: Grid, way: str) -> float:
@@ -133,12 +133,12 @@ def compiled(fn: Callable[..., Any], mesh: Mesh, args: tuple[Any, ...]) -> Any:
 def round_trip(setting: Setting, grid: Grid, way: str, factor: float, check: bool) -> Callable[..., Any]:
     """``(x, experts of each token) -> (what comes back, overflow)``. Only ``check`` has something in the experts'
     place."""
-    parts = grid.tensor if way == "S-ETP" else 1
-    config = setting.config(dispatcher="ep", ep_buffer_factor=factor, parts=parts)
+    soft = way == "S-ETP"
+    config = setting.config(dispatcher="ep", ep_buffer_factor=factor, **(grid.in_parts if soft else {}))
     dispatcher = dispatch.ExpertParallel(config)
 
     def work(rows: jax.Array, sizes: jax.Array) -> jax.Array:
-        return pretend(grid, rows, sizes, None if parts > 1 else jax.lax.axis_index(TENSOR)) if check else rows
+        return pretend(grid, rows, sizes, None if soft else jax.lax.axis_index(TENSOR)) if check else rows
 
     def gathered(leaf: jax.Array) -> jax.Array:
         return jax.lax.all_gather(leaf, TENSOR, tiled=True)
@@ -151,7 +151,7 @@ def round_trip(setting: Setting, grid: Grid, way: str, factor: float, check: boo
         if first:
             x, expert = gathered(x), gathered(expert)
         table = table_of(expert, setting.experts)
-        table = grid.spread(table) if parts > 1 else table
+        table = grid.spread(table) if soft else table
         (rows,), plans = dispatcher.send(x, table)
         (sizes,) = dispatcher.group_sizes(plans)
         if way == "ETP":
@@ -188,11 +188,12 @@ def collectives(way: str) -> Callable[..., Any]:
 
 def buffer_size(setting: Setting, grid: Grid, way: str, factor: float, tokens: int) -> int:
     """Rows of a device's send buffer."""
-    parts, ranks = (grid.tensor, grid.ranks) if way == "S-ETP" else (1, grid.groups)
+    soft = way == "S-ETP"
+    ranks = grid.ranks if soft else grid.groups
     tokens *= grid.tensor if way == "ETP, tokens first" else 1
-    config = setting.config(ep_buffer_factor=factor, parts=parts)
-    table = (tokens, setting.k * parts)
-    return ranks * dispatch.buffer_rows(config, table, tokens, ranks, setting.experts * parts, parts)
+    config = setting.config(ep_buffer_factor=factor, **(grid.in_parts if soft else {}))
+    table = (tokens, setting.k * config.parts)
+    return ranks * dispatch.buffer_rows(config, table, tokens, ranks, config.stored_experts, config.parts)
 
 
 def wire_bytes(setting: Setting, grid: Grid, way: str, rows: int, tokens: int) -> int:
@@ -303,17 +304,16 @@ def bandwidth_rows(
 
 def layer_rows(setting: Setting, grid: Grid, shared: dict[str, Any]) -> Iterator[ResultRow]:
     """A whole layer's forward pass on equal tokens: on the mesh axis ``model``, and with parts."""
-    setting = dataclasses.replace(setting, experts=grid.groups, k=min(setting.k, grid.groups))
-    meshes = {
-        "ETP by the mesh axis model": (MeshConfig(data=1, expert=grid.groups, model=grid.tensor), 1),
-        "S-ETP": (MeshConfig(data=1, expert=grid.ranks), grid.tensor),
+    meshes: dict[str, tuple[MeshConfig, dict[str, Any]]] = {
+        "ETP by the mesh axis model": (MeshConfig(data=1, expert=grid.groups, model=grid.tensor), {}),
+        "S-ETP": (MeshConfig(data=1, expert=grid.ranks), grid.in_parts),
     }
     x = np.random.default_rng(0).standard_normal((grid.ranks, setting.tokens, setting.dim), np.float32)
     made, calls, expected = {}, {}, None
     for label, (config, parts) in meshes.items():
         mesh = sharding.make_mesh(config, jax.devices()[: grid.ranks])
         with jax.set_mesh(mesh):
-            layer = placed_layer(setting.config(dispatcher="ep", parts=parts), setting, mesh)
+            layer = placed_layer(setting.config(dispatcher="ep", **parts), setting, mesh)
             here = jax.device_put(jnp.asarray(x, row_type()), sharding.batch_sharding(mesh))
             run = jax.jit(lambda layer, x: layer(x, RouteContext())[0]).lower(layer, here).compile()
             y = np.asarray(run(layer, here), np.float32)
@@ -340,7 +340,7 @@ def layer_rows(setting: Setting, grid: Grid, shared: dict[str, Any]) -> Iterator
 
 # --- the command --------------------------------------------------------------------------------------------------
 
-TINY = {"mib": ["0.01"], "dim": 64, "expert_dim": 16, "tokens": 32, "repeats": 2, "target_ms": 0, "k": 2}
+TINY = {"mib": ["0.01"], "experts": 8, "dim": 64, "expert_dim": 16, "tokens": 32, "repeats": 2, "target_ms": 0, "k": 2}
 
 
 def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> None:
@@ -350,7 +350,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_string("factor", "fit", "Buffers: fit, 0 (the worst case) or a number.", flag_values=values)
     for name, default, text in (
         ("tensor", 2, "TP: devices that share an expert."), ("devices", 0, "Devices to use; 0: all."),
-        ("experts", 0, "Experts; 0: as many as there are groups of TP devices, at least k."),
+        ("experts", 64, "Experts; groups of TP devices must divide them."),
         ("k", 8, "Choices of a token."), ("dim", 2048, "Model width."), ("expert_dim", 1024, "Hidden width."),
         ("tokens", 8192, "Tokens of each device, for the layer."), ("repeats", 20, "Timings of each."),
         ("target_ms", 50, "Calls of one timing take about so long together."),
@@ -374,7 +374,7 @@ def read_flags(values: flags.FlagValues) -> tuple[Setting, Grid]:
             "them on the CPU by XLA_FLAGS=--xla_force_host_platform_device_count=8"
         )
     groups = devices // tensor
-    experts = values.experts or math.ceil(max(values.k, 1) / groups) * groups
+    experts = values.experts
     if experts % groups or not 1 <= values.k <= experts:
         raise ConfigError(f"--experts={experts} must divide over {groups} groups of devices, and --k={values.k} lie in "
                           "[1, experts]")  # fmt: skip

@@ -54,8 +54,8 @@ class ExpertStore(Protocol):
 class DeviceStore(nnx.Module):
     """All experts on the device: nothing to prefetch.
 
-    With ``parts`` P the arrays are those of ``num_experts * P`` experts of width ``expert_dim / P``, id ``e P + p``
-    (:func:`moejax.partition.split`): what a seed gives computes the same for every P.
+    With ``parts`` P the arrays are those of ``num_experts * P`` experts of width ``expert_dim / P``, in the order of
+    :func:`moejax.partition.split`: what a seed gives computes the same for every P, and in both orders.
     """
 
     def __init__(
@@ -68,12 +68,13 @@ class DeviceStore(nnx.Module):
         scale: float,
         bias: bool = False,
         parts: int = 1,
+        apart: bool = False,
     ) -> None:
         specs = expert_specs(num_experts, dim, expert_dim, activation, bias)
         keys = jax.random.split(key, len(specs))
         made = {n: create(s, k, scale) for (n, s), k in zip(sorted(specs.items()), keys, strict=True)}
         if parts > 1:
-            cut = split(ExpertWeights(**{name: variable[...] for name, variable in made.items()}), parts)
+            cut = split(ExpertWeights(**{name: variable[...] for name, variable in made.items()}), parts, apart)
             made = {name: variable.replace(getattr(cut, name)) for name, variable in made.items()}
         self.up, self.down, self.gate = made["up"], made["down"], made.get("gate")
         self.up_bias, self.gate_bias, self.down_bias = (made.get(f"{n}_bias") for n in ("up", "gate", "down"))

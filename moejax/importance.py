@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.config import ConfigError, ModelConfig
 from moejax.data import Batch
@@ -75,9 +75,10 @@ def measure(model: Decoder, batches: Iterable[Batch], mesh: jax.sharding.Mesh) -
         with jax.set_mesh(mesh):
             put = put_batch({name: batch[name] for name in SEEN}, mesh)
             made = jax.device_get(run(params, router_state, put, _key(i)))
-        shape = (-1, moe.num_experts, moe.expert_dim)  # of an expert that is stored in parts, its parts in order
-        sums = {name: np.asarray(getattr(made, name), np.float64).reshape(shape) for name in METRICS}
-        pairs = np.asarray(made.pairs, np.float64)[:, :: moe.parts]  # each part has all pairs of its expert
+        stored = {name: np.asarray(getattr(made, name), np.float64) for name in (*METRICS, "pairs")}
+        sums = {name: reconstruct.joined(stored[name], moe.parts, moe.parts_apart) for name in METRICS}
+        # each part has all pairs of its expert
+        pairs = reconstruct.joined(stored["pairs"][..., None], moe.parts, moe.parts_apart)[..., 0]
         part = Importance(sums, pairs, int(np.sum(batch["mask"])))
         total = part if total is None else total + part
     if total is None or not total.tokens:
@@ -93,7 +94,8 @@ def leading_losses(
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
     """Loss in nats per token where every pair's expert computes only the first ``columns`` neurons of an order, for
-    each of ``orders``; ``"all"``: with all neurons. What the others would add is left out by zeros in ``down``.
+    each of ``orders``; ``"all"``: with all neurons. What the others would add is left out by zeros in ``down``, and
+    of the down bias there is as large a share as of the neurons, as in a halved pair.
 
     Raises:
       ConfigError: no text.
@@ -103,16 +105,20 @@ def leading_losses(
     masks["all"] = np.ones_like(next(iter(masks.values())))
     moe, repeated = model.config.moe, {}
     for name, mask in masks.items():
-        stored = mask.reshape(len(mask), moe.num_experts * moe.parts, moe.expert_dim // moe.parts, 1)
-        repeated[name] = by_store(model.config, stored)
+        stored = reconstruct.in_parts(mask, moe.parts, moe.parts_apart)[..., None]
+        share = np.float32(1.0 if name == "all" else columns / moe.expert_dim)
+        repeated[name] = (by_store(model.config, stored), share)
 
     @jax.jit
-    def run(params: nnx.State, router_state: nnx.State, kept: dict[str, Bool[Array, "..."]], batch: dict, key: Array):
+    def run(params: nnx.State, router_state: nnx.State, left: tuple, batch: dict, key: Array):
+        kept, share = left  # neurons of each store, and the share of the down bias
         flat = dict(nnx.to_flat_state(params))
         for path, variable in flat.items():
             store, name = "/".join(map(str, path[:-1])), path[-1]
             if store in kept and name == "down":
                 flat[path] = variable.replace(jnp.where(kept[store], variable[...], 0))
+            if store in kept and name == "down_bias":
+                flat[path] = variable.replace((share * variable[...]).astype(variable[...].dtype))
         out = _forward(nnx.merge(graph, nnx.from_flat_state(flat), router_state), batch, key)
         return jnp.sum(jnp.where(batch["mask"], token_nll(out.logits, batch["targets"]), 0.0))
 
@@ -120,8 +126,8 @@ def leading_losses(
     for i, batch in enumerate(batches):
         with jax.set_mesh(mesh):
             put = put_batch({name: batch[name] for name in (*SEEN, "targets")}, mesh)
-            for name, kept in repeated.items():
-                sums[name] += float(run(params, router_state, kept, put, _key(i)))
+            for name, left in repeated.items():
+                sums[name] += float(run(params, router_state, left, put, _key(i)))
         tokens += int(np.sum(batch["mask"]))
     if not tokens:
         raise ConfigError("neuron importance: there is no text to judge the metrics on")

@@ -116,6 +116,8 @@ class Meter:
             routed = np.asarray(moe.routed)
             row["load_max_over_mean"] = float((routed.max(axis=1) / np.maximum(routed.mean(axis=1), 1e-9)).max())
             row["dropped_share"] = float(moe.dropped.sum() / max(routed.sum(), 1.0))
+            if moe.skipped is not None:
+                row["skipped_share"] = float(moe.skipped.sum() / max(routed.sum(), 1.0))
             row["overflow"] = float(moe.overflow.sum())
             if moe.zero_routed is not None:
                 row["layers"]["zero_share"] = metrics.short(metrics.zero_share(routed, np.asarray(moe.zero_routed)))

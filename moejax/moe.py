@@ -60,8 +60,9 @@ class MoELayer(nnx.Module):
         self.activation: Activation = activation
         self.router = Router(config, dim, keys[0], scale)
         self.store = experts.DeviceStore(
-            config.num_experts, dim, config.expert_dim, activation, keys[1], scale, config.expert_bias, config.parts
-        )
+            config.num_experts, dim, config.expert_dim, activation, keys[1], scale, config.expert_bias, config.parts,
+            config.parts_apart,
+        )  # fmt: skip
         self.transforms: tuple[ExpertTransform, ...] = ()
         width = shared_width(config)
         gated = config.shared_experts and config.shared_gate == "sigmoid"
@@ -101,14 +102,16 @@ class MoELayer(nnx.Module):
                     return made, limits.apply(in_force, made, mine)
 
             ranks = dispatch.expert_ranks() if dispatcher.split_experts else 1
-            made, kept, seen = dispatch.decide(on_rank, x, flat, config.num_experts, ranks=ranks, virtual_ranks=virtual)
+            made, kept, seen = dispatch.decide(
+                on_rank, x, flat, config.num_experts, ranks=ranks, virtual_ranks=virtual, apart=config.parts_apart
+            )
             inputs = x if flat.record == "inputs" and virtual == 1 else None
             record = RoutingRecord(made, kept, _key_data(seen.key), inputs) if flat.record else None
             if virtual > 1:
                 made, kept = dispatch.merged(made), dispatch.merged(kept)
             for transform in transforms:
                 kept = transform.remap(kept)
-            how = partition.parting(kept, config.expert_dim, config.parts)
+            how = partition.parting(kept, config.expert_dim, config.parts, config.parts_apart)
             table = partition.prepared(kept, how)
             with jax.named_scope("dispatch"):
                 xs, plan = dispatcher.send(x, table, weigh=weigh_input)

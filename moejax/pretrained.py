@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moejax import checkpoint, importers
-from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, from_mapping, to_dict
+from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, MoEConfig, from_mapping, to_dict
 from moejax.data import load_tokenizer
 from moejax.model import Decoder, build, moe_layer_ids
 from moejax.sharding import RouterState, tree_shardings
@@ -162,6 +162,7 @@ def check_fit(known: Mapping[str, Any], config: ModelConfig) -> None:
         like = nnx.split(jax.eval_shape(lambda: build(config)), nnx.Param, RouterState)
         for tree, prefix in zip(like[1:], ("params/", "router_state/"), strict=True):
             checkpoint.check_fit(folder, tree, prefix=prefix)
+        _check_order(folder, config.moe)
         return
     importers.check(folder, config.mtp_layers)
     theirs = _merge(importers.read_config(folder), config)
@@ -210,6 +211,18 @@ def fingerprint(folder: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _check_order(folder: Path, moe: MoEConfig) -> None:
+    """Raises ConfigError where experts are stored in as many parts, of the same shapes, in another order."""
+    stored = checkpoint.read_meta(folder).get("config", {})
+    there = stored.get("model", {}).get("moe", {}).get("part_order", "expert")
+    if moe.parts > 1 and there != moe.part_order:
+        raise ConfigError(
+            f"init_from={folder} holds experts in moe.parts={moe.parts} parts with moe.part_order={there!r}, here "
+            f"{moe.part_order!r}: set that to {there!r}, or merge the checkpoint and split it again, with python -m "
+            "experiments.partition"
+        )
 
 
 def _evaluated(path: Path) -> ExperimentConfig | None:

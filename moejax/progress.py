@@ -80,6 +80,8 @@ class TrainProgress:
         if row.get("load_max_over_mean") is not None:
             parts.append(f"load max/mean {row['load_max_over_mean']:.2f}")
             parts.append(f"dropped {100 * row['dropped_share']:.2f}%")
+            if row.get("skipped_share") is not None:  # of halved pairs
+                parts.append(f"skipped {100 * row['skipped_share']:.2f}% of the work")
         text = "  ".join(parts)
         if self._bar is not None:  # a line above the bar, which shows the time left itself
             self.note(f"step {row['step']}/{self.total}  {text}")

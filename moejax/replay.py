@@ -46,6 +46,8 @@ class Setting:
     """Over how many of them the experts are spread, in order of ids; 1: each hosts all."""
     expert_dim: int = 0
     """F, of which a limit may leave the major neurons; 0: not known, they count as half."""
+    apart: bool = False
+    """As in :func:`moejax.dispatch.whole_experts`."""
 
 
 def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
@@ -96,7 +98,7 @@ def setting_of(moe: MoEConfig, trace: Trace, ranks: int = 0) -> Setting:
             f"ranks={ranks}: load_aware and loads='all' are of one group of {spread} ranks, and these are several: "
             f"choose ranks={spread}"
         )
-    return Setting(in_force, moe.router if anew else None, ranks, spread, moe.expert_dim)
+    return Setting(in_force, moe.router if anew else None, ranks, spread, moe.expert_dim, moe.parts_apart)
 
 
 def _asks_ranks(limit: Limit) -> bool:
@@ -144,7 +146,7 @@ def _fed(config: RouterConfig) -> RouterConfig:
     return dataclasses.replace(config, bias=False)
 
 
-@functools.partial(jax.jit, static_argnames=("router", "expert_ranks", "expert_dim"))
+@functools.partial(jax.jit, static_argnames=("router", "expert_ranks", "expert_dim", "apart"))
 def _decide(
     made: Routing,
     key: Array | None,
@@ -154,10 +156,11 @@ def _decide(
     router: RouterConfig | None,
     expert_ranks: int,
     expert_dim: int,
+    apart: bool,
 ) -> tuple[Routing, Routing, MoEMetrics, Array]:
     """``(made, kept, sums over ranks, whether the router's logits are the recorded ones)``, all leading with L."""
 
-    hosted = dispatch.whole_experts(made.probs.shape[-1] - made.zero_experts, expert_ranks)
+    hosted = dispatch.whole_experts(made.probs.shape[-1] - made.zero_experts, expert_ranks, apart)
 
     def on_rank(
         made: Routing, key: Array | None, state: dict[str, Array], tokens: dict[str, Array], rank: Array, layer: Array
@@ -206,6 +209,7 @@ def decide(chunk: Chunk, setting: Setting, state: Mapping[str, np.ndarray]) -> t
             router=setting.router,
             expert_ranks=setting.expert_ranks,
             expert_dim=setting.expert_dim,
+            apart=setting.apart,
         )
     )
     if setting.router is not None and not same:

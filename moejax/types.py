@@ -72,8 +72,8 @@ class Routing:
     groups_per_expert: int = static(1)
     """Consecutive ids that are groups of one expert's rows, of which a token uses one at most."""
     parts_per_expert: int = static(1)
-    """Consecutive ids that are parts of one expert, of which a token uses as many as are valid: a choice of the router
-    is so many columns."""
+    """Ids that are parts of one expert, of which a token uses as many as are valid: a choice of the router is so many
+    columns."""
     zero_experts: int = static(0)
     """Zero-computation experts (LongCat): their pairs return the token times the weight. They take no row, no limit
     drops them, and a limit's mean load is that of the other experts."""
@@ -116,7 +116,7 @@ class RouteContext:
     token_class: TokenClass | None = None
     """Only counted: ``MoEMetrics.by_class``. None: loads are not kept apart, and the program has no trace of it."""
     local_experts: Int[Array, "e"] | None = None
-    """Expert ids that this rank hosts; None: all of them. Empty where it hosts parts of experts only."""
+    """Expert ids that this rank hosts; None: all of them. Empty where ranks host parts of experts."""
     loads: Float[Array, "E"] | None = None
     """Pairs for each expert, over all ranks where a collective has made them."""
     axis_name: str | None = static(None)

@@ -140,6 +140,11 @@ def check_model(config: ModelConfig) -> None:
         raise ConfigError(
             f"moe.parts={moe.parts} does not divide moe.expert_dim={moe.expert_dim}: choose one of {choices}"
         )
+    if moe.part_order == "part" and moe.parts == 1:
+        raise ConfigError(
+            "moe.part_order='part' says how the parts of experts are numbered, and moe.parts=1: set that to 2 or more, "
+            "or part_order='expert'"
+        )
     causal = routing.family(moe.router, moe.num_experts, zero_experts=moe.zero_experts).causal
     limits.check(limits.of_config(moe), moe, len(moe_layer_ids(config)), causal=causal)
     if moe.shared_dim and not moe.shared_experts:

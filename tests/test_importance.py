@@ -241,9 +241,10 @@ def test_a_sorted_model_is_the_same_model_in_order(model: Decoder, measured: Imp
     np.testing.assert_allclose(run(again), run(model), rtol=1e-5, atol=1e-5)
 
 
-def test_an_expert_in_parts_is_measured_as_one(model: Decoder, measured: Importance):
-    config = dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, parts=2))
-    arrays = stored.split_checkpoint(by_path(model), model.config.moe, 2, "partial")
+@pytest.mark.parametrize("order", ["part", pytest.param("expert", marks=pytest.mark.slow)])
+def test_an_expert_in_parts_is_measured_as_one(order: Any, model: Decoder, measured: Importance):
+    config = dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, parts=2, part_order=order))
+    arrays = stored.split_checkpoint(by_path(model), model.config.moe, 2, "partial", order)
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     assert_equal(measure(with_arrays(config, arrays), batches(), mesh_of(1)), measured, 1e-4)
 
@@ -260,14 +261,19 @@ def test_layers_find_their_stores():
 
 
 def test_losses_are_those_of_experts_that_have_no_other_neurons(model: Decoder, measured: Importance):
-    """A model with narrower experts, cut out of the sorted arrays, has the loss that the judge tells."""
+    """A model with narrower experts, cut out of the sorted arrays, has the loss that the judge tells. Of their down
+    bias they have the share that halved pairs have."""
     columns, orders = 3, {"gate": reconstruct.order(measured.sums["gate"])}
+    model = fakes.filled(lambda: build(dataclasses.replace(
+        model.config, moe=dataclasses.replace(model.config.moe, expert_bias=True)
+    )))  # fmt: skip
     texts = [batch | {"targets": batch["targets"] % fakes.VOCAB} for batch in batches()]
     told = leading_losses(model, orders, columns, texts, mesh_of(1))
     arrays, _ = reconstruct.reconstructed(by_path(model), importance.by_store(model.config, orders["gate"]))
     narrow = dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, expert_dim=columns))
     cut = {
         name: array[..., :columns, :] if name.endswith("store/down")
+        else array * np.float32(columns / F) if name.endswith("down_bias")
         else array[..., :columns] if "/store/" in name else array
         for name, array in arrays.items()
     }  # fmt: skip

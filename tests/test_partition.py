@@ -97,7 +97,7 @@ def by_hand(
     """The routed experts' output, pair by pair in float64, with the pairs of the router family."""
     table = route(X, router_weights(arrays), moe.router, train)
     table = dataclasses.replace(table, zero_experts=moe.zero_experts)
-    table = spread(table, moe.parts) if moe.parts > 1 else table
+    table = spread(table, moe.parts, apart=moe.parts_apart) if moe.parts > 1 else table
     expert, weight, valid = (np.asarray(leaf) for leaf in (table.expert, table.weight, table.valid))
     token = np.arange(T) if table.token is None else np.asarray(table.token)
     y = np.zeros((T, D))
@@ -118,17 +118,25 @@ def close(got: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(got, wanted, atol=1e-6 * scale, rtol=0)
 
 
-def check_law(moe: MoEConfig, parts: int, form: complete.Form, activation: str = "swiglu") -> MoEConfig:
+def check_law(
+    moe: MoEConfig,
+    parts: int,
+    form: complete.Form,
+    activation: str = "swiglu",
+    order: complete.PartOrder | None = None,
+) -> MoEConfig:
     """The split layer computes the same; merging gives the same bits, of parameters and of both moments."""
     arrays = arrays_of(moe, activation)
-    split = complete.split_moe(moe, parts, form)
-    cut = complete.split_arrays(arrays, moe, parts, form)
+    split = complete.split_moe(moe, parts, form, order)
+    cut = complete.split_arrays(arrays, moe, parts, form, part_order=order)
+    assert form == "complete" or complete.merge_moe(split, parts)[0] == moe
     close(by_hand(split, cut, activation), by_hand(moe, arrays, activation))
     for name in arrays:
         if name.startswith("shared"):
             assert cut[name] is arrays[name]
     for moment in (0, 1, 2):
-        back = complete.merge_arrays(complete.split_arrays(arrays, moe, parts, form, moment), split, parts, moment)
+        there = complete.split_arrays(arrays, moe, parts, form, moment, order)
+        back = complete.merge_arrays(there, split, parts, moment)
         assert back.keys() == arrays.keys()
         for name, array in arrays.items():
             assert back[name].dtype == array.dtype
@@ -154,6 +162,38 @@ def test_the_partial_form_computes_the_same(name: str):
     moe = config_of(name)
     split = check_law(moe, 2, "partial")
     assert dataclasses.replace(split, parts=1) == moe and (split.stored_experts, split.stored_dim) == (E * 2, F // 2)
+
+
+@pytest.mark.parametrize("form", ["complete", "partial"])
+def test_eight_parts(form: complete.Form):
+    """Where weights are divided, and where they are kept."""
+    for moe in (config_of("softmax_of_topk"), config_of("sigmoid_bias", renormalise=False)):
+        assert check_law(moe, 8, form).stored_dim == 2
+
+
+def test_parts_may_stand_apart():
+    """Part p of all experts together: a whole layer's arrays by hand, zero-computation experts, parts of parts."""
+    moe = config_of("softmax_bias", renormalise=False, zero_experts=2, k=3)
+    for parts in (2, 8):
+        split = check_law(moe, parts, "partial", order="part")
+        assert (split.parts, split.part_order, split.router) == (parts, "part", moe.router)
+    arrays, four = arrays_of(moe), complete.split_moe(moe, 4, "partial", "part")
+    cut = complete.split_arrays(arrays, moe, 4, "partial", part_order="part")
+    for e, part in np.ndindex(E, 4):
+        neurons = slice(part * F // 4, (part + 1) * F // 4)
+        np.testing.assert_array_equal(cut["store/up"][part * E + e], arrays["store/up"][e][:, neurons])
+        np.testing.assert_array_equal(cut["store/down"][part * E + e], arrays["store/down"][e][neurons])
+    two, parts, form = complete.merge_moe(four, 2)
+    assert (two, form) == (complete.split_moe(moe, 2, "partial", "part"), "partial")
+    halves = complete.merge_arrays(cut, four, 2)
+    again = complete.split_arrays(halves, two, 2, "partial")
+    for name in arrays:
+        np.testing.assert_array_equal(again[name], cut[name])
+        wanted = complete.split_arrays(arrays, moe, 2, "partial", part_order="part")[name]
+        np.testing.assert_array_equal(halves[name], wanted)
+    cut["store/down_bias"][E + 2] += 1  # part 1 of expert 2
+    with pytest.raises(ConfigError, match="store/down_bias: the 4 copies of 1 of 4 experts are no longer equal"):
+        complete.merge_arrays(cut, four)
 
 
 # The weights of a family are divided or kept, by what it does with them: each way once more, with what else they meet.
@@ -245,6 +285,14 @@ def test_switch_becomes_the_family_that_goes_on():
 def test_what_is_refused(moe: MoEConfig, parts: int, form: complete.Form, reason: str):
     with pytest.raises(ConfigError, match=reason):
         complete.split_moe(moe, parts, form)
+
+
+def test_parts_have_one_order():
+    moe = config_of("softmax_of_topk", parts=2, part_order="part")
+    with pytest.raises(ConfigError, match=r"moe\.part_order='part'; merge them first .* split them into 4 then"):
+        complete.split_moe(moe, 2, "partial", "expert")
+    with pytest.raises(ConfigError, match="part_order='part' is of --form=partial"):
+        complete.split_moe(config_of("softmax_of_topk"), 2, "complete", "part")
 
 
 def test_merging_in_steps_and_of_both_forms():

@@ -127,6 +127,45 @@ def test_merging_gives_the_bits_that_were_split(run: Path, split: dict[str, Path
         assert [done["form"] for done in new["made_by"]] == [form, "merge"]
 
 
+def test_parts_may_stand_apart(run: Path, split: dict[str, Path], tmp_path: Path, capfd):
+    """The same arrays in another order, the optimizer's too. One order is never taken for the other, and merging and
+    splitting again leads from one to the other."""
+    apart, back = tmp_path / "apart", tmp_path / "back"
+    arguments = ("--form=partial", "--parts=2", "--part_order=part", f"--output={apart}")
+    assert command(f"--checkpoint={run}", *arguments) == 0
+    said = capfd.readouterr().err
+    assert "each stored as 2 parts that stand apart" in said and "--config.model.moe.part_order=part" in said
+    together, _ = checkpoint.read_all(split["partial"] / "checkpoints" / str(STEP))
+    arrays, meta = checkpoint.read_all(apart / "checkpoints" / str(STEP))
+    assert meta["config"]["model"]["moe"]["part_order"] == "part"
+    stores = [name for name in arrays if "/moe/store/" in name]
+    assert {name.split("/")[0] for name in stores} == {"params", "opt_state"}
+    for name, array in together.items():
+        if name in stores:
+            array = array[:, [0, 2, 4, 6, 1, 3, 5, 7]]
+        np.testing.assert_array_equal(arrays[name], array)
+
+    theirs = pretrained.stored_config(split["partial"]).model
+    with pytest.raises(ConfigError, match=r"moe\.part_order='part', here 'expert': set that to 'part', or merge"):
+        pretrained.check_fit(pretrained.origin(apart), theirs)
+    pretrained.check_fit(pretrained.origin(apart), pretrained.stored_config(apart).model)
+    wrong = {
+        "leave it out": (f"--checkpoint={apart}", "--form=merge", "--part_order=expert"),
+        "merge them first": (f"--checkpoint={apart}", "--form=partial", "--parts=2", "--part_order=expert"),
+        "is of --form=partial": (f"--checkpoint={run}", "--form=complete", "--parts=2", "--part_order=part"),
+    }
+    for reason, given in wrong.items():
+        assert command(*given, f"--output={back}") == 2
+        assert reason in capfd.readouterr().err and not back.exists()
+
+    assert command(f"--checkpoint={apart}", "--form=merge", f"--output={back}") == 0
+    old, _ = checkpoint.read_all(run / "checkpoints" / str(STEP))
+    arrays, meta = checkpoint.read_all(back / "checkpoints" / str(STEP))
+    assert meta["config"]["model"]["moe"]["part_order"] == "expert"
+    for name, array in old.items():
+        np.testing.assert_array_equal(arrays[name], array)
+
+
 def test_parts_of_a_seed_are_the_whole_of_that_seed():
     """``moe.parts`` cuts what the seed gives: the same model, however stored; its plan fits its arrays."""
     model = CONFIG.model

@@ -68,19 +68,25 @@ def test_each_array_follows_the_order_neuron_by_neuron():
         np.testing.assert_array_equal(back, array)  # bit for bit
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_an_expert_in_parts_is_sorted_as_a_whole(parts: int):
+def test_an_expert_in_parts_is_sorted_as_a_whole(parts: int, apart: bool):
     moe, order = MoEConfig(num_experts=E, expert_dim=F, expert_bias=True), an_order()
 
     def in_parts(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        made = complete.split_arrays({f"store/{name}": array for name, array in arrays.items()}, moe, parts, "partial")
+        stored = {f"store/{name}": array for name, array in arrays.items()}
+        made = complete.split_arrays(stored, moe, parts, "partial", part_order="part" if apart else "expert")
         return {name.removeprefix("store/"): np.asarray(array) for name, array in made.items()}
 
     arrays = store()
     sorted_first = in_parts({name: reconstruct.permuted(name, array, order) for name, array in arrays.items()})
     for name, array in in_parts(arrays).items():
         assert array.shape[1] == E * parts
-        np.testing.assert_array_equal(reconstruct.permuted(name, array, order), sorted_first[name], err_msg=name)
+        made, _ = reconstruct.reconstructed({f"moe/store/{name}": array}, {"moe/store": order}, apart)
+        np.testing.assert_array_equal(made[f"moe/store/{name}"], sorted_first[name], err_msg=name)
+    bias = arrays["up_bias"]  # a number of each neuron, as importance is
+    np.testing.assert_array_equal(reconstruct.in_parts(bias, parts, apart), in_parts(arrays)["up_bias"])
+    np.testing.assert_array_equal(reconstruct.joined(in_parts(arrays)["up_bias"], parts, apart), bias)
 
 
 def test_an_order_of_other_neurons_is_refused():

@@ -259,6 +259,37 @@ def test_water_filling_ends_at_the_same_maximum_and_drops_least(skew: float, gap
             assert after[d] == next(w for w in tried if w <= everywhere.max())
 
 
+@pytest.mark.parametrize("gap", [None, 0.02])
+def test_thresholds_by_load_count_what_was_halved_before_as_the_work_that_is_left(gap: float | None):
+    """After another 2T limit; with major neurons of its own where the second has no gap."""
+    table, _, device = shares_and_devices(np.random.default_rng(0), 0.2, gap)
+    major = {"major": 30} if gap is None else {}  # of 40 neurons; else half
+    part = 0.75 if gap is None else 0.5
+    ctx = RouteContext(expert_dim=40)
+    first = limits.threshold_drop(0.22, gap=0.04, **major)(table, ctx)
+    share = np.asarray(limits.normalised(first))
+
+    def left(kept) -> np.ndarray:
+        done = np.where(np.asarray(kept.level) == 1, part, 1.0) * np.asarray(kept.valid)
+        return np.bincount(device.ravel(), done.ravel(), minlength=4)
+
+    def second(rule: str, threshold: float = 0.25):
+        return limits.threshold_drop(threshold, gap=gap, load_aware=rule, ranks=0 if rule == "none" else 4)(first, ctx)
+
+    before, everywhere, after = left(first), left(second("none")), left(second("water"))
+    assert not np.allclose(before / before.mean(), np.bincount(device[np.asarray(first.valid)]) / first.valid.sum() * 4)
+    assert after.max() == everywhere.max() and (after >= everywhere).all() and (after <= before).all()
+    steps = np.arange(STEPS + 1, dtype=np.float32) * np.float32(0.25) / STEPS
+    tried = np.stack([left(second("none", float(t))) for t in steps])
+    for d in range(4):
+        assert after[d] == next(w for w in tried[:, d] if w <= everywhere.max())
+    scaled = 0.25 * np.minimum(1, before / before.mean())
+    lower = scaled if gap is None else scaled - gap
+    np.testing.assert_array_equal(
+        second("paper").valid, np.asarray(first.valid) & ((share > lower[device]) | (lower[device] <= 0))
+    )
+
+
 def test_water_filling_is_not_misled_by_rounding():
     """With 256 of 300 neurons major, 9 - 3 x 44/300 - 3 x 256/300 is 6 and a bit in float32: more than the target."""
     low, high = [((1, 2), (0.1, 0.9))] * 3 + [((1, 2), (0.2, 0.8))], [((0, 1), (0.5, 0.5))] * 5 + [((0, 2), (0.5, 0.5))]

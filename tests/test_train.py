@@ -16,6 +16,7 @@ from moejax import checkpoint, count, losses, routing
 from moejax.config import AttentionConfig, ExperimentConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
 from moejax.meter import Meter
 from moejax.model import build
+from moejax.progress import TrainProgress
 from moejax.sharding import make_mesh
 from moejax.train import StepMetrics, Trainer, TrainState, optimizer, schedule, token_nll
 from tests.small import VOCAB, flat, quick_compilation, random_batch, small_config, small_model, start
@@ -324,6 +325,17 @@ def test_meter_means_and_rates(plain: Trainer, three_steps: tuple, monkeypatch: 
     assert row["bits_per_byte"] == pytest.approx(bits / sum(float(m.text_bytes) for m in three_steps[1]))
     assert row["load_max_over_mean"] >= 1.0 and row["dropped_share"] == 0.0 and row["overflow"] == 0.0
     assert set(row["aux"]) == {"balance", "z"}
+
+
+def test_meter_counts_what_halved_pairs_skip(three_steps: tuple, capsys: pytest.CaptureFixture):
+    meter = Meter(flops_per_token=5.0, peak=1000.0)
+    last = three_steps[1][-1]
+    skipped = 0.25 * np.asarray(last.moe.routed).sum(axis=1)
+    meter.add(dataclasses.replace(last, moe=dataclasses.replace(last.moe, skipped=skipped)))
+    row, _ = meter.row()
+    assert row["skipped_share"] == pytest.approx(0.25)
+    TrainProgress(9, 0).metrics(row | {"step": 3})
+    assert "dropped 0.00%  skipped 25.00% of the work" in capsys.readouterr().err
 
 
 def test_meter_leaves_compilation_and_pauses_out(three_steps: tuple, monkeypatch: pytest.MonkeyPatch):

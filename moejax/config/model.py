@@ -75,6 +75,10 @@ class MoEConfig:
     """Each routed expert is stored and dispatched as this many experts of width ``expert_dim / parts``, whose outputs
     add up to its own (the partial transformation of DualSparse-MoE, 2508.18376): the router knows ``num_experts``, EP
     may have ``num_experts * parts`` ranks."""
+    part_order: Literal["expert", "part"] = later("expert")
+    """How they are numbered, and so which rank holds which: "expert" puts the parts of an expert together (id
+    ``e parts + p``); "part" puts part p of all experts together (id ``p num_experts + e``), so that the parts of an
+    expert lie on different ranks, as in expert-tensor parallelism. Weights are stored in this order."""
     capacity_factor: float = 0.0
     """Limit of each expert's load as a multiple of the mean, also during training. 0: dropless."""
     capacity_order: Literal["score", "order", "reverse", "random"] = "score"
@@ -107,6 +111,11 @@ class MoEConfig:
     def stored_dim(self) -> int:
         """Their hidden width, F / P."""
         return self.expert_dim // self.parts
+
+    @property
+    def parts_apart(self) -> bool:
+        """Whether consecutive ids are parts of different experts, so that several ranks share each expert."""
+        return self.parts > 1 and self.part_order == "part"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,10 +38,16 @@ def buffer_rows(
 
     Worst case: every token sends as many pairs to one rank as it has choices, or as the rank has experts. That takes a
     token's valid pairs to be of different experts, which every router and limit here keeps; a table that does not may
-    overflow, which is counted. With ``ep_buffer_factor`` f: ``ceil(f * t k parts / ranks)``, k of the router, rounded
-    up to a multiple of 8, at most the worst case.
+    overflow, which is counted. Where the parts of an expert stand apart, a rank has n = E P / ranks ids, which are
+    ``n // E`` parts of every expert and one more of ``n % E`` experts. With ``ep_buffer_factor`` f:
+    ``ceil(f * t k parts / ranks)``, k of the router, rounded up to a multiple of 8, at most the worst case.
     """
-    worst = table[0] * min(table[1], -(-(experts or config.num_experts) // ranks))
+    held = -(-(experts or config.num_experts) // ranks)
+    most, choices = min(table[1], held), table[1] // parts
+    if config.parts_apart and choices:  # none where rows are pairs
+        of_all, some = divmod(held, config.num_experts)
+        most = choices * of_all + min(choices, some)
+    worst = table[0] * most
     if not config.ep_buffer_factor:
         return worst
     wanted = math.ceil(round(config.ep_buffer_factor * tokens * config.router.k * parts / ranks, 6))

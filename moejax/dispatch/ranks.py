@@ -1,8 +1,8 @@
 """Ranks of expert parallelism as routers and limits see them: real ones, and virtual ones on one device.
 
-Rank r of R has a run of the tokens of its own and hosts experts ``[r E / R, (r + 1) E / R)``; none, where these are not
-whole numbers, as experts are stored in parts. It decides by itself: what it draws is folded with its index among the
-token shards. Virtual ranks decide as real ones would, and the tokens stay.
+Rank r of R has a run of the tokens of its own and hosts experts ``[r E / R, (r + 1) E / R)``; none, where experts are
+stored in parts and these are not whole numbers, or the parts of an expert stand apart. It decides by itself: what it
+draws is folded with its index among the token shards. Virtual ranks decide as real ones would, and the tokens stay.
 """
 
 import dataclasses
@@ -24,7 +24,14 @@ Decide = Callable[[Array, RouteContext], tuple[Routing, Routing]]
 
 
 def decide(
-    fn: Decide, x: Float[Array, "T D"], ctx: RouteContext, num_experts: int, *, ranks: int = 1, virtual_ranks: int = 1
+    fn: Decide,
+    x: Float[Array, "T D"],
+    ctx: RouteContext,
+    num_experts: int,
+    *,
+    ranks: int = 1,
+    virtual_ranks: int = 1,
+    apart: bool = False,
 ) -> tuple[Routing, Routing, RouteContext]:
     """What ``fn`` decides on this device, one of ``ranks`` on the axis "expert", and the context that it saw.
 
@@ -38,13 +45,14 @@ def decide(
       num_experts: that compute.
       ranks: real ones.
       virtual_ranks: what this device's tokens and the experts are split into instead. Must divide the tokens.
+      apart: as in :func:`whole_experts`.
 
     Raises:
       ConfigError: the tokens in hand do not divide.
     """
     if virtual_ranks == 1:
         rank = jax.lax.axis_index(AXIS) if ranks > 1 else None
-        mine = of_rank(ctx, shard_index(), rank, whole_experts(num_experts, ranks), AXIS if ranks > 1 else None)
+        mine = of_rank(ctx, shard_index(), rank, whole_experts(num_experts, ranks, apart), AXIS if ranks > 1 else None)
         return *fn(x, mine), mine
     if x.shape[0] % virtual_ranks:
         raise ConfigError(
@@ -55,7 +63,7 @@ def decide(
 
     def on_rank(rank: Array, x: Array, tokens: RouteContext) -> tuple[Routing, Routing, RouteContext]:
         mine = dataclasses.replace(tokens, key=ctx.key, loads=ctx.loads)
-        mine = of_rank(mine, first + rank, rank, whole_experts(num_experts, virtual_ranks), VIRTUAL)
+        mine = of_rank(mine, first + rank, rank, whole_experts(num_experts, virtual_ranks, apart), VIRTUAL)
         return *fn(x, mine), mine
 
     tokens = dataclasses.replace(ctx, key=None, loads=None)
@@ -63,9 +71,10 @@ def decide(
     return jax.vmap(on_rank, axis_name=VIRTUAL)(jnp.arange(virtual_ranks), *split)
 
 
-def whole_experts(num_experts: int, ranks: int) -> int:
-    """Experts that each rank hosts with all their parts; 0 where some lie on several."""
-    return 0 if num_experts % ranks else num_experts // ranks
+def whole_experts(num_experts: int, ranks: int, apart: bool = False) -> int:
+    """Experts that each rank hosts with all their parts; 0 where some lie on several. ``apart``: the parts of an expert
+    do not stand together (:attr:`moejax.config.MoEConfig.parts_apart`), so that all do."""
+    return 0 if num_experts % ranks or (apart and ranks > 1) else num_experts // ranks
 
 
 def of_rank(ctx: RouteContext, shard: Array, rank: Array | None, experts: int, axis_name: str | None) -> RouteContext:

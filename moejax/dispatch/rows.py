@@ -16,7 +16,7 @@ from moejax.types import DispatchPlan, Routing
 
 GATHER: Implementation = None
 """Who copies rows: None is the platform's best (a kernel on Hopper, for shapes that it takes), "ref" is XLA."""
-COMBINE: Implementation = "ref"
+COMBINE: Implementation = None
 """Who sums a token's rows, in the same way."""
 
 

@@ -294,6 +294,8 @@ def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal
       ConfigError: with the limit, the value, the rule and the way out.
     """
     majors: set[int] = set()  # of 2T-Drop
+    limits = tuple(limits)
+    halves = any(isinstance(limit, ThresholdDrop) and limit.gap is not None for limit in limits)
     for limit in limits:
         name = type(limit).__name__
         if (isinstance(limit, ExpandedDrop | Reroute) or getattr(limit, "expanded", False)) and not causal:
@@ -320,6 +322,18 @@ def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal
                     f"{name}: limits with major={sorted(majors)}: a layer halves experts in one way only; give all the "
                     "same"
                 )
+        if isinstance(limit, ThresholdDrop) and config.parts_apart:
+            if limit.form != "auto":
+                raise ConfigError(
+                    f"{name}: form={limit.form!r} halves whole experts, and with moe.part_order='part' a halved pair "
+                    "leaves out parts, which lie on other ranks: leave form at 'auto', or choose moe.parts=1"
+                )
+            if halves and limit.load_aware != "none":
+                raise ConfigError(
+                    f"{name}: load_aware={limit.load_aware!r} where pairs are halved (gap), with "
+                    "moe.part_order='part': the ranks that share an expert would have unequal loads; choose "
+                    "moe.part_order='expert', or leave out gap or load_aware"
+                )
         if getattr(limit, "drop_first", None) is not None:
             raise ConfigError(f"{name}: drop_first needs a modality of each token, which language models do not have")
         ranks = getattr(limit, "ranks", 0)
@@ -341,9 +355,13 @@ def check_ranks(limits: Iterable[Limit], config: MoEConfig, ranks: int) -> None:
     Raises:
       ConfigError: a limit that asks which experts a rank hosts, where some lie in parts on several ranks.
     """
-    if config.num_experts % ranks == 0:
+    if config.num_experts % ranks == 0 and not (config.parts_apart and ranks > 1):
         return
     divisors = [d for d in range(1, config.num_experts + 1) if config.num_experts % d == 0]
+    apart, devices = "", max(d for d in divisors if d <= ranks)
+    if config.parts_apart:
+        apart, of_rank = "moe.part_order='expert' and ", max(1, config.stored_experts // ranks)
+        devices = 1 if config.num_experts % of_rank else config.num_experts // of_rank
     where = (
         f"{ranks} ranks host parts of the moe.num_experts={config.num_experts} experts (moe.parts={config.parts}), not "
         "whole ones"
@@ -352,14 +370,13 @@ def check_ranks(limits: Iterable[Limit], config: MoEConfig, ranks: int) -> None:
         name = type(limit).__name__
         if isinstance(limit, ExpandedDrop) or getattr(limit, "expanded", False):
             raise ConfigError(
-                f"moe.capacity_limits: {name} adds the experts of a token's own rank, and {where}: choose ranks of "
-                f"{divisors}, or a limit that only drops"
+                f"moe.capacity_limits: {name} adds the experts of a token's own rank, and {where}: choose {apart}"
+                f"ranks of {divisors}, or a limit that only drops"
             )
         if getattr(limit, "ranks", 1) == 0 and getattr(limit, "load_aware", "") != "none":
             raise ConfigError(
-                f"moe.capacity_limits: {name} follows the loads of devices, and {where}: say "
-                f"ranks={max(d for d in divisors if d <= ranks)} in its text, so that devices that share an expert "
-                "count as one"
+                f"moe.capacity_limits: {name} follows the loads of devices, and {where}: say ranks={devices} in its "
+                "text, so that devices that share an expert count as one"
             )
 
 

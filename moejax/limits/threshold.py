@@ -10,7 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ConfigError
 from moejax.limits.budget import device_of
@@ -104,8 +104,11 @@ class ThresholdDrop:
         routing: Routing,
         ctx: RouteContext,
     ) -> Float[Array, "G"]:
-        """T of each device, the same on every rank."""
+        """T of each device, the same on every rank. Pairs that an earlier limit halved are as much work as is left."""
         device = jnp.where(computing(routing), device, ranks)
+        halved = None if routing.level is None else routing.level == 1
+        major = self.major_share(routing, ctx)
+        whole, half = major.denominator, major.numerator  # whole numbers: what is equal must not differ by rounding
 
         def counts(place: Int[Array, "R K"], of_device: int) -> Int[Array, "G n"]:
             """How many pairs have each place in ``[0, of_device)`` on each device, over all ranks."""
@@ -116,25 +119,29 @@ class ThresholdDrop:
 
         loads = counts(jnp.zeros_like(device), 1)[:, 0]
         if self.load_aware == "paper":
+            if halved is not None:
+                loads = whole * loads - (whole - half) * counts(halved.astype(device.dtype), 2)[:, 1]
             return threshold * jnp.minimum(1.0, loads / jnp.maximum(jnp.mean(loads), 1e-20))
         steps = threshold * jnp.arange(STEPS + 1, dtype=jnp.float32) / STEPS
 
-        def gone(bounds: Float[Array, "S"]) -> Float[Array, "G S"]:
-            """Pairs of each device that are not above each of the bounds, which rise: by the first that each meets."""
+        def gone(bounds: Float[Array, "S"], already: Bool[Array, "R K"] | None = None) -> Float[Array, "G S"]:
+            """Pairs of each device that are not above each of the bounds, which rise: by the first that each meets.
+            ``already``: pairs that meet all of them."""
             first = jnp.sum(_above(share[..., None], bounds), axis=-1, dtype=jnp.int32)  # STEPS + 1: never
+            first = first if already is None else jnp.where(already, 0, first)
             return jnp.cumsum(counts(first, STEPS + 2), axis=1)[:, :-1]
 
-        lower, upper = map(gone, self.pair_of(steps))
-        major = self.major_share(ctx)
-        whole, half = major.denominator, major.numerator  # whole numbers: what is equal must not differ by rounding
+        at_lower, at_upper = self.pair_of(steps)
+        lower, upper = gone(at_lower), gone(at_upper, halved)
         work = whole * loads[:, None] - (whole - half) * upper - half * lower
         target = jnp.max(work[:, -1])
         enough = jnp.argmax(work <= target, axis=1)  # the first; the last one always is
         return steps[enough]
 
-    def major_share(self, ctx: RouteContext) -> Fraction:
+    def major_share(self, routing: Routing, ctx: RouteContext) -> Fraction:
         """Work of a halved pair in units of a whole one."""
-        return Fraction(major_columns(ctx.expert_dim, self.major), ctx.expert_dim) if ctx.expert_dim else Fraction(1, 2)
+        major = self.major if routing.level is None else routing.major
+        return Fraction(major_columns(ctx.expert_dim, major), ctx.expert_dim) if ctx.expert_dim else Fraction(1, 2)
 
 
 def _above(share: Array, threshold: Array) -> Array:
@@ -155,6 +162,8 @@ class Parting:
     """Parts that level 1 keeps; 0: no pair has a level."""
     skipped: float = 0.0
     """Share of an expert that level 1 leaves out."""
+    apart: bool = False
+    """Whether the parts of an expert stand E ids apart (:attr:`moejax.config.MoEConfig.parts_apart`), not together."""
 
 
 def halving(expert_dim: int, major: int = 0, form: Form = "auto", parts: int = 1) -> Parting:

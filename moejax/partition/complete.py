@@ -1,8 +1,8 @@
 """Expert partition of DualSparse-MoE (2508.18376, section 3.1) as numbers: what the two transformations, and the way
 back, make of one layer's arrays and of its config. Exact: the layer computes what it computed.
 
-Both cut each expert's F neurons into P consecutive runs; part p of expert e has id ``e P + p``. Gate and up biases are
-cut with their columns.
+Both cut each expert's F neurons into P consecutive runs; part p of expert e has id ``e P + p``, or, in the partial form
+with ``moe.part_order="part"``, ``p E + e``. Gate and up biases are cut with their columns.
 
 *Complete*: the router's column of an expert stands P times, and k P are chosen. What the combine then needs depends on
 what a gate weight becomes (:attr:`moejax.routing.RouterFamily.copied`):
@@ -40,6 +40,7 @@ from moejax.config import ConfigError, MoEConfig, RouterConfig
 from moejax.routing import FAMILIES, router_arrays
 
 Form = Literal["complete", "partial"]
+PartOrder = Literal["expert", "part"]
 Moment = Literal[0, 1, 2]
 """0: parameters or state; 1 and 2: the optimizer's first and second moments of parameters."""
 Arrays = Mapping[str, Any]
@@ -56,24 +57,41 @@ class _Rule:
     """Of the numbers."""
     gradient: float = 1.0
     """Of their gradients."""
+    run: int = 1
+    """Experts that stand together with the same part: E where the parts of an expert stand apart."""
 
     def scale(self, moment: Moment) -> float:
         return self.gradient**moment if moment else self.factor
 
 
-def split_moe(moe: MoEConfig, parts: int, form: Form) -> MoEConfig:
+def split_moe(moe: MoEConfig, parts: int, form: Form, part_order: PartOrder | None = None) -> MoEConfig:
     """The config of a layer whose experts are split.
 
+    Args:
+      part_order: of the partial form; None: the one that the layer has.
+
     Raises:
-      ConfigError: ``parts`` does not divide the width of an expert, or the router's family has no complete form.
+      ConfigError: ``parts`` does not divide the width of an expert, the router's family has no complete form, or parts
+        that are there have another order.
     """
     width = moe.expert_dim // moe.parts
     if parts < 2 or width % parts:
         held = f"moe.expert_dim={moe.expert_dim}" + (f" / moe.parts={moe.parts} = {width}" if moe.parts > 1 else "")
         choices = [d for d in range(2, width + 1) if width % d == 0]
         raise ConfigError(f"parts={parts}: must be 2 or more and divide {held}: choose one of {choices[:8]}")
+    part_order = part_order or moe.part_order
     if form == "partial":
-        return dataclasses.replace(moe, parts=moe.parts * parts)
+        if moe.parts > 1 and part_order != moe.part_order:
+            raise ConfigError(
+                f"part_order={part_order!r}: the experts are stored in moe.parts={moe.parts} parts with moe.part_order="
+                f"{moe.part_order!r}; merge them first (--form=merge), and split them into {moe.parts * parts} then"
+            )
+        return dataclasses.replace(moe, parts=moe.parts * parts, part_order=part_order)
+    if part_order == "part":
+        raise ConfigError(
+            f"part_order={part_order!r} is of --form=partial: in the complete form parts are experts of the router, "
+            "and those of one expert stand together"
+        )
     if moe.parts > 1:
         raise ConfigError(
             f"moe.parts={moe.parts}: the complete form is of whole experts; merge them first (--form=merge), and split "
@@ -106,7 +124,9 @@ def merge_moe(moe: MoEConfig, parts: int = 0) -> tuple[MoEConfig, int, Form]:
     if parts < 2 or there % parts:
         raise ConfigError(f"parts={parts}: must be 2 or more and divide {field}={there}; 0 merges all")
     if form == "partial":
-        return dataclasses.replace(moe, parts=moe.parts // parts), parts, form
+        left = moe.parts // parts
+        order = moe.part_order if left > 1 else "expert"
+        return dataclasses.replace(moe, parts=left, part_order=order), parts, form
     router = dataclasses.replace(moe.router, k=moe.router.k // parts, copies=moe.router.copies // parts)
     width = moe.expert_dim * parts
     shared = 0 if moe.shared_dim == moe.shared_experts * width else moe.shared_dim
@@ -117,14 +137,15 @@ def merge_moe(moe: MoEConfig, parts: int = 0) -> tuple[MoEConfig, int, Form]:
     return merged, parts, form
 
 
-def split_arrays(arrays: Arrays, moe: MoEConfig, parts: int, form: Form, moment: Moment = 0) -> dict[str, Any]:
+def split_arrays(
+    arrays: Arrays, moe: MoEConfig, parts: int, form: Form, moment: Moment = 0, part_order: PartOrder | None = None
+) -> dict[str, Any]:
     """The arrays of a layer with config ``moe`` as those of :func:`split_moe` of it.
 
     Raises:
       ConfigError: as :func:`split_moe`.
     """
-    split_moe(moe, parts, form)
-    rules = _rules(moe, parts, form)
+    rules = _rules(moe, parts, form, split_moe(moe, parts, form, part_order).parts_apart)
     return {name: _split(array, rules.get(name), parts, moment) for name, array in arrays.items()}
 
 
@@ -136,7 +157,7 @@ def merge_arrays(arrays: Arrays, moe: MoEConfig, parts: int = 0, moment: Moment 
       ConfigError: copies of the router's columns (or of a down bias) differ: no unsplit layer computes the same.
     """
     merged, parts, form = merge_moe(moe, parts)
-    rules = _rules(merged, parts, form)
+    rules = _rules(merged, parts, form, moe.parts_apart)
     return {name: _merge(name, array, rules.get(name), parts, moment) for name, array in arrays.items()}
 
 
@@ -215,8 +236,9 @@ def _split_router(moe: MoEConfig, parts: int) -> RouterConfig:
     return dataclasses.replace(router, **changes)
 
 
-def _rules(moe: MoEConfig, parts: int, form: Form) -> dict[str, _Rule]:
-    """What becomes of each array when the layer of ``moe`` is split; arrays that are not named stay."""
+def _rules(moe: MoEConfig, parts: int, form: Form, apart: bool = False) -> dict[str, _Rule]:
+    """What becomes of each array when the layer of ``moe`` is split; arrays that are not named stay. ``apart``: the
+    parts of an expert come to stand E ids apart, as those that it has do."""
     whole, part = float(parts), 1.0 / parts
     complete = form == "complete"
     shrinks = complete and parts > 1 and divides(moe.router)
@@ -230,7 +252,8 @@ def _rules(moe: MoEConfig, parts: int, form: Form) -> dict[str, _Rule]:
     rules = {"store/up": columns, "store/gate": columns, "store/down": rows, "store/down_bias": bias}
     rules |= {f"store/{name}_bias": _Rule(2, 1) for name in ("up", "gate")}
     if not complete:
-        return rules
+        run = moe.num_experts if apart else 1
+        return {name: dataclasses.replace(rule, run=run) for name, rule in rules.items()}
     divided = FAMILIES[moe.router.name].copied == "divide"
     for name, spec in router_arrays(moe.router, 1, moe.num_experts + moe.zero_experts).items():
         axis = len(spec.axes) - spec.axes.index("router")
@@ -242,29 +265,30 @@ def _rules(moe: MoEConfig, parts: int, form: Form) -> dict[str, _Rule]:
 def _split(array: Any, rule: _Rule | None, parts: int, moment: Moment) -> Any:
     if rule is None:
         return array
-    expert = array.ndim - rule.axis
+    expert, stored = array.ndim - rule.axis, list(array.shape)
+    stored[expert] *= parts
+    runs = array.reshape(*array.shape[:expert], -1, rule.run, *array.shape[expert + 1 :])
     if rule.cut is None:
-        array = array.repeat(parts, axis=expert)
+        array = runs.repeat(parts, axis=expert)
     else:
-        shape, neuron = list(array.shape), array.ndim - rule.cut
-        shape[neuron : neuron + 1] = [parts, shape[neuron] // parts]
-        cut = _moved(array.reshape(shape), neuron, expert + 1)
-        array = cut.reshape(*cut.shape[:expert], -1, *cut.shape[expert + 2 :])
-    return _scaled(array, rule.scale(moment))
+        neuron = runs.ndim - rule.cut
+        width = stored[array.ndim - rule.cut] = runs.shape[neuron] // parts
+        cut = runs.reshape(*runs.shape[:neuron], parts, width, *runs.shape[neuron + 1 :])
+        array = _moved(cut, neuron, expert + 1)
+    return _scaled(array.reshape(stored), rule.scale(moment))
 
 
 def _merge(name: str, array: Any, rule: _Rule | None, parts: int, moment: Moment) -> Any:
     if rule is None:
         return array
-    expert = array.ndim - rule.axis
-    shape = list(array.shape)
-    shape[expert : expert + 1] = [shape[expert] // parts, parts]
-    runs = array.reshape(shape)
+    expert, whole = array.ndim - rule.axis, list(array.shape)
+    whole[expert] //= parts
+    runs = array.reshape(*array.shape[:expert], -1, parts, rule.run, *array.shape[expert + 1 :])
     if rule.cut is None:
         first = runs.take(0, axis=expert + 1)
         different = np.asarray(runs != first[(slice(None),) * (expert + 1) + (None,)])
         if different.any():
-            moved = np.moveaxis(different, expert, 0).reshape(different.shape[expert], -1).any(axis=1)
+            moved = np.moveaxis(different, (expert, expert + 2), (0, 1)).reshape(whole[expert], -1).any(axis=1)
             raise ConfigError(
                 f"{name}: the {parts} copies of {int(moved.sum())} of {len(moved)} experts are no longer equal "
                 "(training moves them apart), so no unsplit layer computes the same: keep the split model, or merge "
@@ -272,10 +296,9 @@ def _merge(name: str, array: Any, rule: _Rule | None, parts: int, moment: Moment
             )
         array = first
     else:
-        neuron = runs.ndim - rule.cut
-        back = _moved(runs, expert + 1, neuron - 1)
-        array = back.reshape(*back.shape[: neuron - 1], -1, *back.shape[neuron + 1 :])
-    return _scaled(array, 1.0 / rule.scale(moment))
+        whole[array.ndim - rule.cut] *= parts
+        array = _moved(runs, expert + 1, runs.ndim - rule.cut - 1)
+    return _scaled(array.reshape(whole), 1.0 / rule.scale(moment))
 
 
 def _moved(array: Any, source: int, target: int) -> Any:

@@ -31,7 +31,26 @@ def leading(order: Int[np.ndarray, "*L E F"], columns: int) -> Bool[np.ndarray, 
     return inverse(order) < columns
 
 
-def permuted(name: str, array: np.ndarray, order: Int[np.ndarray, "*L E F"]) -> np.ndarray:
+def joined(values: np.ndarray, parts: int, apart: bool = False) -> np.ndarray:
+    """``[L, E P, n]`` of experts as they are stored as ``[L, E, P n]`` of whole ones. ``apart``: part p of expert e is
+    at ``p E + e``, not ``e P + p``."""
+    layers, stored, width = values.shape
+    if not apart:
+        return values.reshape(layers, stored // parts, parts * width)
+    cut = values.reshape(layers, parts, stored // parts, width).swapaxes(1, 2)
+    return cut.reshape(layers, stored // parts, parts * width)
+
+
+def in_parts(values: np.ndarray, parts: int, apart: bool = False) -> np.ndarray:
+    """``[L, E, F]`` of whole experts as ``[L, E P, F / P]`` of those that are stored: the inverse of
+    :func:`joined`."""
+    layers, experts, width = values.shape
+    made = values.reshape(layers, experts, parts, width // parts)
+    made = made.swapaxes(1, 2) if apart else made
+    return made.reshape(layers, experts * parts, width // parts)
+
+
+def permuted(name: str, array: np.ndarray, order: Int[np.ndarray, "*L E F"], apart: bool = False) -> np.ndarray:
     """One array of an expert store with its neurons in ``order``.
 
     An expert that is stored in P parts, of which part p has neurons ``[p F / P, (p + 1) F / P)``, is sorted as a whole:
@@ -40,6 +59,7 @@ def permuted(name: str, array: np.ndarray, order: Int[np.ndarray, "*L E F"]) -> 
     Args:
       name: ``up``, ``gate``, ``down`` or one of the biases.
       array: ``[*L, E P, ...]``.
+      apart: part p of expert e is at ``p E + e``, not ``e P + p``.
     """
     if name not in AXES:
         return array
@@ -50,17 +70,18 @@ def permuted(name: str, array: np.ndarray, order: Int[np.ndarray, "*L E F"]) -> 
         raise ValueError(f"{name} of shape {array.shape} does not hold the neurons of an order of shape {order.shape}")
     parts = stored // experts
     # [L, E, P, (D,) F / P] or, for down, [L, E, P, F / P, D]: parts go beside the axis that they share out
-    cut = np.asarray(array).reshape(-1, parts, *array.shape[len(lead) + 1 :])
-    orders = order.reshape(-1, width)
+    shape = (parts, experts) if apart else (experts, parts)
+    cut = np.asarray(array).reshape(-1, *shape, *array.shape[len(lead) + 1 :])
     out = np.empty_like(cut)
-    for expert, places, made in zip(cut, orders, out, strict=True):
-        whole = np.concatenate(list(expert), axis=AXES[name]).take(places, axis=AXES[name])
-        made[...] = np.stack(np.split(whole, parts, axis=AXES[name]))
+    before, after = (cut.swapaxes(1, 2), out.swapaxes(1, 2)) if apart else (cut, out)
+    for (layer, expert), places in zip(np.ndindex(*before.shape[:2]), order.reshape(-1, width), strict=True):
+        whole = np.concatenate(list(before[layer, expert]), axis=AXES[name]).take(places, axis=AXES[name])
+        after[layer, expert] = np.stack(np.split(whole, parts, axis=AXES[name]))
     return out.reshape(array.shape)
 
 
 def reconstructed(
-    arrays: Mapping[str, np.ndarray], orders: Mapping[str, Int[np.ndarray, "*L E F"]]
+    arrays: Mapping[str, np.ndarray], orders: Mapping[str, Int[np.ndarray, "*L E F"]], apart: bool = False
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The arrays of a checkpoint with the neurons of some expert stores in other orders, and the names of those that
     were permuted.
@@ -70,13 +91,14 @@ def reconstructed(
     Args:
       arrays: by path; those of an optimizer end like the parameter that they belong to.
       orders: by the path of the store, e.g. ``groups/0/blocks/0/moe/store``.
+      apart: as in :func:`permuted`.
     """
     made, moved = dict(arrays), []
     for path, array in arrays.items():
         stem, _, name = path.rpartition("/")
         store = next((key for key in orders if stem == key or stem.endswith("/" + key)), None)
         if store is not None and name in AXES:
-            made[path] = permuted(name, array, orders[store])
+            made[path] = permuted(name, array, orders[store], apart)
             moved.append(path)
     return made, moved
 

@@ -8,14 +8,16 @@ import re
 from typing import Any
 
 from moejax.config import MoEConfig
-from moejax.partition.complete import Form, Moment, merge_arrays, split_arrays
+from moejax.partition.complete import Form, Moment, PartOrder, merge_arrays, split_arrays
 
 _LAYER = re.compile(r"(.*/moe/)((?:store|router/arrays)/\w+)")
 _MOMENTS: dict[str, Moment] = {"mu": 1, "nu": 2}
 """Fields of optax's ``ScaleByAdamState`` that mirror the parameters."""
 
 
-def split_checkpoint(arrays: dict[str, Any], moe: MoEConfig, parts: int, form: Form) -> dict[str, Any]:
+def split_checkpoint(
+    arrays: dict[str, Any], moe: MoEConfig, parts: int, form: Form, part_order: PartOrder | None = None
+) -> dict[str, Any]:
     """The arrays of a checkpoint, by path, with all experts split; ``moe`` is the config that they have.
 
     Arrays are taken out of ``arrays`` one by one, so that memory holds each once.
@@ -24,7 +26,7 @@ def split_checkpoint(arrays: dict[str, Any], moe: MoEConfig, parts: int, form: F
       ConfigError: as :func:`moejax.partition.complete.split_moe`.
     """
     return {
-        name: split_arrays({of_layer: array}, moe, parts, form, moment)[of_layer] if of_layer else array
+        name: split_arrays({of_layer: array}, moe, parts, form, moment, part_order)[of_layer] if of_layer else array
         for name, of_layer, moment, array in _taken(arrays)
     }
 
