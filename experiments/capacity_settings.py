@@ -14,6 +14,7 @@ import numpy as np
 
 from moejax import limits, routing
 from moejax.config import ConfigError, ExperimentConfig
+from moejax.model import moe_layer_ids
 from moejax.types import Limit
 from moejax.verdicts import Contrast
 
@@ -150,6 +151,9 @@ def settings(table: str, config: ExperimentConfig, ranks: int, curves: Mapping[s
             rows.append(Setting(f"{arm}, equal latency", arm, (make(found),), found))
         rows += [Setting(f"top-{k} of {moe.router.k}", "lower top-k", k=k) for k in lower_ks(config)]
         rows.append(Setting("measured budget", "measured budget", (limits.measured_budget(),)))
+        if by_layer := config.table.layer_factors:
+            name = f"token drop, factors {'/'.join(f'{f:g}' for f in by_layer)}"
+            rows.append(Setting(name, "token drop, by layer", (limits.token_drop(by_layer),), float(np.mean(by_layer))))
     base = Setting(
         BASELINE, BASELINE, published={"2": PUBLISHED_2[model], "3": PUBLISHED_3}.get(table, {}).get(BASELINE)
     )
@@ -249,3 +253,14 @@ def check(config: ExperimentConfig) -> None:
     for arm in table.arms:
         for factor in table.factors:
             limits.token_drop(factor, arm)
+    if table.layer_factors:
+        if "latency" not in table.tables:
+            raise ConfigError(
+                f"table.layer_factors={table.layer_factors} are those of a row of the table 'latency': add it to "
+                "table.tables"
+            )
+        layers = len(moe_layer_ids(config.model))
+        try:
+            limits.check([limits.token_drop(table.layer_factors)], config.model.moe, layers, causal=True)
+        except ConfigError as error:
+            raise ConfigError(f"table.layer_factors={table.layer_factors}: {error}") from error

@@ -313,8 +313,11 @@ def parts_of_program(text: str) -> dict[str, str]:
     return {name: part_of(op_name) for name, op_name in found}
 
 
-KERNELS = {"communicate": r"all.to.all|ncclDevKernel", "experts": r"mosaic_gpu|grouped"}
-"""Kernels that are known by name: a collective's, and those of the grouped FFN."""
+KERNELS = {
+    "communicate": r"all.to.all|ncclDevKernel", "permute": "gather_rows", "combine": "combine_rows",
+    "experts": r"mosaic_gpu|grouped",
+}  # fmt: skip
+"""Kernels that are known by name, the first that fits: a collective's, our own for rows, those of the grouped FFN."""
 
 
 def split_of_events(events: Iterable[tuple[str, float]], parts: dict[str, str]) -> dict[str, float] | None:

@@ -6,6 +6,8 @@ r"""Continues a text with a trained model, printing as it goes.
     python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --limit=token_drop:factor=1.5
     python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --limit=opportunistic_drop:keep=1 \
         --limit_decode
+    python -m experiments.generate --checkpoint=runs/ca --prompt="In the" --mesh=data=1,expert=4 \
+        --replicate=trace.npz --replicas=1
 
 At ``--temperature=0`` (the default) every token is the most likely one. The text ends at an end token of the model.
 ``--chat`` puts the prompt into the model's own chat template. Tokens per second are printed at the end.
@@ -20,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import limit_flags, session
+from experiments import limit_flags, replicate_flags, session
 from moejax import decode
 from moejax.config import ConfigError, DataConfig
 from moejax.data import Tokenizer, load_corpus, load_tokenizer
@@ -154,6 +156,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     )
     limit_flags.define_flags(values)
     session.define_mesh_flag(values)
+    replicate_flags.define_flags(values)
 
 
 def command(values: flags.FlagValues) -> int:
@@ -165,8 +168,10 @@ def command(values: flags.FlagValues) -> int:
         raise ConfigError(
             f"--top_k={values.top_k} draws at random, --temperature=0 does not: set a temperature above 0"
         )
+    replicate_flags.check(values)
     with session.on_mesh(values) as mesh:
         model, config, meta = open_model(values.checkpoint, compute_dtype=values.dtype, mesh=mesh)
+        model = replicate_flags.applied(values, model, mesh)
         tokenizer = tokenizer_of(config.data, meta.get("data", {}), model.config.vocab_size)
         made: list[int] = []
         pieces = stream(

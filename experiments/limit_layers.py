@@ -16,7 +16,7 @@ from experiments import capacity_settings, drop_scores, ep_simulation, rank_laye
 from experiments.drop_layers import INTERVAL
 from experiments.drop_scores import SHAPES, Setting
 from experiments.rank_layers import NONE, Arm
-from moejax import limits, trace
+from moejax import limits, replicas, trace
 from moejax.config import ConfigError
 from moejax.replication import max_over_mean, rank_loads
 from moejax.results import ResultRow
@@ -115,10 +115,7 @@ def from_trace(path: Path, experts: int, ranks: int) -> tuple[np.ndarray, int, s
         there = source.num_experts
         if experts % there:
             raise ConfigError(f"--loads={path} is a trace of {there} experts, which do not divide the {experts} here")
-        loads = np.zeros((len(source.layers), there))
-        for chunk in source:
-            for layer, (expert, valid) in enumerate(zip(chunk.made.expert, chunk.made.valid, strict=True)):
-                loads[layer] += np.bincount(expert[valid], minlength=there)[:there]
+        loads = replicas.recorded_loads(source)
         name, tokens = source.config.name, source.meta["tokens"]
     loads = np.repeat(loads / loads.mean(axis=1, keepdims=True), experts // there, axis=1)
     skews = np.asarray([max_over_mean(rank_loads(layer, ranks)) for layer in loads])

@@ -16,11 +16,9 @@ from experiments.decode_speed import prompts, random_model
 from experiments.drop_layers import compiled, gain, in_turn
 from experiments.drop_scores import Setting
 from experiments.limit_layers import BASE, How, Loads, families, loads_of, row_of
-from experiments.rank_layers import Counted
 from experiments.speed import rate as per_second
-from moejax import replication, sharding
-from moejax.model import Decoder, moe_layer_numbers
-from moejax.moe import MoELayer
+from moejax import replicas, sharding
+from moejax.model import Decoder
 from moejax.results import ResultRow
 from moejax.types import Limit
 
@@ -62,7 +60,7 @@ def model_of(setting: Setting, how: How, loads: Loads) -> Decoder:
         moe=dataclasses.replace(given.moe, expert_dim=setting.moe.expert_dim, losses=(), router=router),
     )  # fmt: skip
     model = random_model(config)
-    for layer, numbers in moe_layers(model):
+    for layer, numbers in replicas.moe_layers(model):
         arrays = layer.router.arrays
         kernel, bias = arrays["kernel"], arrays["logit_bias"]
         spread = setting.shape.scale / config.dim**0.5 / jnp.std(kernel[...])
@@ -71,39 +69,15 @@ def model_of(setting: Setting, how: How, loads: Loads) -> Decoder:
     return model
 
 
-def moe_layers(model: Decoder) -> Iterator[tuple[MoELayer, np.ndarray]]:
-    """Each stack of MoE layers, and their numbers among all of them."""
-    for group, numbers in zip(model.groups, moe_layer_numbers(model.config), strict=True):
-        assert numbers is not None
-        for i, block in enumerate(group.blocks):
-            if block.moe is not None:
-                yield block.moe, numbers[:, i]
-
-
 def with_moe(model: Decoder, k: int = 0, **changes: Any) -> Decoder:
     """The same arrays under another config of the MoE layers."""
     other = jax.tree.map(lambda leaf: leaf, model)
     moe = dataclasses.replace(model.config.moe, **changes)
     moe = dataclasses.replace(moe, router=dataclasses.replace(moe.router, k=k or moe.router.k))
     other.config = dataclasses.replace(model.config, moe=moe)
-    for layer, _ in moe_layers(other):
+    for layer, _ in replicas.moe_layers(other):
         layer.config, layer.router.config = moe, moe.router
     return other
-
-
-def copied(model: Decoder, by_layer: list[Counted], mesh: Mesh) -> Decoder:
-    """The model on ``mesh`` with copies of each layer's busiest experts."""
-    mine = with_moe(model)
-    stored = []
-    for layer, numbers in moe_layers(mine):
-        placements = [rank_layers.placement(by_layer[i].before, mesh.size) for i in numbers]
-        replication.store_copies(layer, replication.stacked(placements))
-        stored.append(layer.transforms)
-        layer.transforms = ()  # the rules know arrays of layers only
-    mine = rank_layers.placed(mine, mesh)
-    for (layer, _), transforms in zip(moe_layers(mine), stored, strict=True):
-        layer.transforms = transforms
-    return mine
 
 
 def model_rows(setting: Setting, mesh: Mesh, how: How, shared: dict[str, Any]) -> Iterator[ResultRow]:
@@ -129,7 +103,8 @@ def model_rows(setting: Setting, mesh: Mesh, how: How, shared: dict[str, Any]) -
     none = counts[BASE.label]
     bases = {False: rank_layers.placed(model, mesh)}
     if any(arm.copies for arm in arms):
-        bases[True] = copied(model, none, mesh)
+        pairs = np.stack([c.before for c in none])
+        bases[True] = replicas.with_copies(bases[False], pairs, mesh, rank_layers.EXTRA)
     del model
     with jax.set_mesh(mesh):
         where = jax.device_put(tokens, NamedSharding(mesh, P(sharding.TOKEN_AXES)))

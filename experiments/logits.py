@@ -22,7 +22,7 @@ from absl import flags
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from experiments import session
+from experiments import replicate_flags, session
 from moejax.config import ConfigError
 from moejax.data.cache import replacing
 from moejax.dispatch import token_shards
@@ -111,6 +111,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
         "dtype", None, ["float32", "bfloat16"], "Type of the computation. Default: the config's.", flag_values=values
     )
     session.define_mesh_flag(values)
+    replicate_flags.define_flags(values)
     session.define_mtp_flag(values)
     flags.DEFINE_string(
         "mtp_output", None, "With --mtp: file for their logits. Default: --output with .mtp before its ending.",
@@ -123,10 +124,12 @@ def command(values: flags.FlagValues) -> int:
     for name in ("checkpoint", "tokens", "output"):
         if not values[name].value:
             raise ConfigError(f"--{name} is missing: see python -m experiments.logits --help")
+    replicate_flags.check(values)
     outputs = _outputs(values)
     tokens = read_tokens(Path(values.tokens))
     with session.on_mesh(values) as mesh:
         model, _, meta = open_model(values.checkpoint, compute_dtype=values.dtype, mesh=mesh, mtp=values.mtp)
+        model = replicate_flags.applied(values, model, mesh)
         results = all_logits(model, tokens, values.batch_size) if values.mtp else [
             logits(model, tokens, values.batch_size)]  # fmt: skip
     with contextlib.ExitStack() as stack:  # all of them or none

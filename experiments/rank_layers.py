@@ -143,16 +143,6 @@ def placed[Module: nnx.Module](layer: Module, mesh: Mesh) -> Module:
     return nnx.merge(graph, jax.device_put(state, sharding.tree_shardings(state, mesh)))
 
 
-def with_copies(layer: MoELayer, copies: Replicated, mesh: Mesh) -> MoELayer:
-    """The layer with ``copies`` stored, its arrays where the rules put them on ``mesh``."""
-    mine = with_config(layer)
-    replication.store_copies(mine, copies)
-    stored, mine.transforms = mine.transforms, ()  # the rules know arrays of layers only
-    mine = placed(mine, mesh)
-    mine.transforms = stored
-    return mine
-
-
 def on_ranks(
     setting: Setting,
     layer: MoELayer,
@@ -185,7 +175,8 @@ def on_ranks(
 
     bases = {False: placed(layer, mesh)}
     if any(arm.copies for arm in arms):
-        bases[True] = with_copies(layer, copies, mesh)
+        bases[True] = with_config(bases[False])
+        replication.store_copies(bases[True], copies, mesh)
 
     def spread(arm: Arm) -> MoELayer:
         fields = {"dispatcher": "ep", "ep_buffer_factor": counts[arm.label].factor}
@@ -214,7 +205,7 @@ def on_ranks(
 
 def placement(loads: Int[np.ndarray, "E"], ranks: int) -> Replicated:
     """Copies of the busiest experts, :data:`EXTRA` on each rank."""
-    return replication.replicate(loads, ranks, min(EXTRA, len(loads) * (ranks - 1) // ranks))
+    return replication.replicate(loads, ranks, EXTRA)
 
 
 def skew_of(before: np.ndarray, ranks: int) -> dict[str, float | int]:

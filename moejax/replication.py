@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from moejax.config import ConfigError
+from moejax.sharding import Rules
 from moejax.types import ExpertWeights, Routing, pytree, static
 
 
@@ -96,7 +98,8 @@ def replicate(loads: Float[np.ndarray, "E"], ranks: int, extra: int) -> Replicat
     expert_of_slot = np.concatenate([sorted(mine) for mine in held])
     places = [np.flatnonzero(expert_of_slot == e) for e in range(experts)]
     table = np.stack([np.concatenate([p, np.full(copies.max() - len(p), p[0])]) for p in places])
-    return Replicated(*(jnp.asarray(a, jnp.int32) for a in (expert_of_slot, table, copies)))
+    expert_of_slot, table, copies = (jnp.asarray(a, jnp.int32) for a in (expert_of_slot, table, copies))
+    return Replicated(expert_of_slot, table, copies)
 
 
 def stacked(placements: Sequence[Replicated]) -> Replicated:
@@ -111,15 +114,24 @@ def stacked(placements: Sequence[Replicated]) -> Replicated:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(wide, placements))
 
 
-def store_copies(layer: Any, placement: Replicated) -> None:
+def store_copies(layer: Any, placement: Replicated, mesh: Mesh | None = None) -> None:
     """Gives each slot of an MoE layer, or of L of them that stand stacked (with a placement from :func:`stacked`), an
     array of its own for its expert's weights, and the layer ``placement`` as its transform. In place: the arrays of the
-    E experts are no longer in it. What it computes stays, bit for bit; a training step would part the copies."""
+    E experts are no longer in it. What it computes stays, bit for bit; a training step would part the copies.
+
+    Args:
+      mesh: where the new arrays go, slots split over its axis "expert"; None: where the old ones are.
+    """
     slots = placement.expert_of_slot
 
+    def taken(value: Array) -> Array:
+        return value[slots] if slots.ndim == 1 else jax.vmap(lambda array, ids: array[ids])(value, slots)
+
     def of_slots(variable: nnx.Variable) -> nnx.Variable:
-        value = variable[...]
-        return variable.replace(value[slots] if slots.ndim == 1 else jax.vmap(jnp.take, (0, 0, None))(value, slots, 0))
+        value, where = variable[...], None
+        if mesh is not None:
+            where = NamedSharding(mesh, Rules().spec(variable.get_metadata()["axes"], value.ndim))
+        return variable.replace(jax.jit(taken, out_shardings=where)(value))
 
     graph, state = nnx.split(layer.store)
     held = jax.tree.map(of_slots, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

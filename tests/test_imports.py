@@ -30,6 +30,7 @@ CHAIN = (
         "train",
         "trace",
         "replay",
+        "replicas",
         "count",
         "loop",
         "meter",

@@ -100,6 +100,14 @@ def test_tables_are_made_from_one_another_and_not_twice(make, tmp_path: Path):
     assert {s.name for s in again} == left | {settings.BASELINE, "measured budget"}  # which stands in table 3 too
     config = dataclasses.replace(CONFIG, table=dataclasses.replace(CONFIG.table, tables=("1",)))
     assert make(config)[0] == []
+    # Factors by layer: one row more, in that table alone, which is made again.
+    factors = (0.5, 1.5, *[1.0] * (CONFIG.model.num_layers - 2))
+    config = dataclasses.replace(CONFIG, table=dataclasses.replace(CONFIG.table, layer_factors=factors))
+    asked, lines = make(config)
+    name = f"token drop, factors {'/'.join(f'{f:g}' for f in factors)}"
+    assert name in {s.name for s in asked} and sum(line.endswith("done before") for line in lines) == 4
+    (row,) = (r for r in read_rows(tmp_path / "results.jsonl") if r.row == name)
+    assert row.table == "latency" and row.extra["x"] == 0.5 and row.config_hash == rows[0].config_hash
 
 
 def test_no_more_than_three_primary_contrasts_a_table_and_each_names_its_rows():
@@ -118,6 +126,8 @@ def test_what_a_table_cannot_be_is_refused_before_training():
         ({"tables": ("1", "2")}, "add 'sweep'"),
         ({"tables": ("1", "1")}, "each once"),
         ({"factors": (-1.0,)}, "multiple of the mean load"),
+        ({"layer_factors": (1.0,)}, r"table\.layer_factors=\(1\.0,\): TokenDrop: 1 factors for"),
+        ({"layer_factors": (1.0,), "tables": ("1",)}, "a row of the table 'latency': add it"),
     ):
         with pytest.raises(ConfigError, match=why):
             settings.check(dataclasses.replace(CONFIG, table=dataclasses.replace(CONFIG.table, **change)))
@@ -202,12 +212,22 @@ def test_the_simulation_is_a_law_of_its_times_and_says_what_it_is(tmp_path: Path
     times.write_text("rows,seconds\n0,1e-3\n1000,2e-3\n")
     assert ep_simulation.read_times(times)(500) == pytest.approx(1.5e-3)
     assert ep_simulation.read_times(times)(3000) == pytest.approx(4e-3)
+    # A model's own times as they are, another's by the size of its experts: one Mixtral expert is 28 of OLMoE.
+    measured = ep_simulation.Times(0.0, 0.0, lambda rows: 2 * rows, {"mixtral": lambda rows: 5 * rows})
+    assert [measured.layer(name, 3) for name in ("olmoe", "mixtral")] == [6, 15]
+    assert ep_simulation.Times(0.0, 0.0, lambda rows: 2 * rows).layer("mixtral", 3) == 28 * 6
+    given = ("--seconds_fixed=0", "--exchange_seconds_per_row=0", f"--output={out}")
+    assert command("--models=mixtral", f"--times=mixtral={times}", *given) == 0
+    four = {(r.table, r.row): r for r in read_rows(out)}["figure 4, simulation", "mixtral: token drop, factor 1"]
+    assert four.value == pytest.approx(3.0, rel=0.02)  # far beyond the last point: linear on, but for what 0 rows cost
     for arguments, why in (
         (("--models=gpt",), "choose among olmoe"),
         (("--seconds_per_row=1",), "--seconds_fixed and --exchange_seconds_per_row are missing"),
         ((f"--times={times}", "--seconds_per_row=1"), "give one of them"),
         (("--times=nowhere.csv", "--seconds_fixed=0", "--exchange_seconds_per_row=0"), "cannot be read"),
         ((f"--output={tmp_path}/no/rows.jsonl",), "there is no folder"),
+        ((f"--times=gpt={times}",), "MODEL=FILE, each once; models are olmoe"),
+        ((f"--times=mixtral={times}", "--seconds_fixed=0", "--exchange_seconds_per_row=0"), "says nothing of olmoe"),
     ):
         assert command(*arguments) == 2 and why in capsys.readouterr().err
     times.write_text("1000\n")
@@ -219,7 +239,7 @@ def test_the_papers_own_bar_is_the_default_baseline():
     times = ep_simulation.default_times(20)
     none = ep_simulation.simulate("olmoe", times, 20)[0]
     rows = none.busiest * 8 * ep_simulation.rows_of_mean(ep_simulation.MODELS["olmoe"])
-    assert times.layer(ep_simulation.MODELS["olmoe"], rows) == pytest.approx(6.9e-3)
+    assert times.layer("olmoe", rows) == pytest.approx(6.9e-3)
 
 
 def test_the_quickstart_makes_table_1_alone():

@@ -200,11 +200,18 @@ def test_metrics_stand_in_the_order_of_layers():
     np.testing.assert_array_equal(out.metrics.routed, np.asarray([[1, 1, 0, 0], [0, 0, 1, 1]]) * B * S)
 
 
-def test_scan_equals_unroll_and_remat_changes_nothing():
+@pytest.mark.parametrize(
+    "others",
+    [
+        [("unroll", "block")],
+        pytest.param([("scan", "block"), ("unroll", "none"), ("unroll", "dots")], marks=pytest.mark.slow),
+    ],
+)
+def test_scan_equals_unroll_and_remat_changes_nothing(others):
     """Values and gradients, with a random limit in force: every layer draws the same numbers either way."""
     tokens, key = jnp.asarray(fakes.tokens(B, S)), jax.random.key(0)
     results = {}
-    for loop, remat in (("scan", "none"), ("scan", "block"), ("unroll", "dots")):
+    for loop, remat in (("scan", "none"), *others):
         model = small_model(layer_loop=loop, remat=remat, moe={"capacity_factor": 0.75, "capacity_order": "random"})
 
         @fakes.jit

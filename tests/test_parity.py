@@ -30,9 +30,7 @@ FLIPPED = (
     "mixtral-yarn", "qwen2_moe-sparse_step", "qwen3_moe-dense_layer", "deepseek_v2-groups", "deepseek_v3-negative_bias",
     "gpt_oss-layer_types",
 )  # fmt: skip
-CACHES = (
-    "mixtral-base", "qwen3_moe-base", "deepseek_v3-base", "gpt_oss-base", "longcat_flash-base",
-)  # fmt: skip
+CACHES = ("qwen3_moe-base", "deepseek_v3-base", "gpt_oss-base", "longcat_flash-base")
 
 
 def quick(names: Sequence[str], chosen: Sequence[str]) -> list[Any]:

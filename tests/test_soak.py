@@ -157,7 +157,7 @@ def kill_once(server: Server, workdir: Path, dice: random.Random, aim: str, leng
         if (status := server.end(timeout=0)) is not None:
             assert status == 0, server.said(workdir).read_text()[-3000:]
             return "finished", None
-        time.sleep(0.001)
+        time.sleep(0.003)  # a save takes longer
     time.sleep(dice.choice((0.0, 0.0, dice.uniform(0, 0.02), dice.uniform(0, 0.3))))
     twice = number != signal.SIGKILL and dice.random() < 0.25
     with contextlib.suppress(ProcessLookupError):

@@ -1,9 +1,10 @@
 """Two training steps of one preset for each architecture signature, at ``:tiny`` with one MoE layer and few tokens.
 
-The rest of the zoo is held by shapes: ``tests/test_count.py``. Eleven run; of the three that are marked slow
-DeepSeek-V2 is DeepSeek-V3 but for its groups' score (``tests/test_routing.py``), DeepSeekMoE's shared experts are
-DeepSeek-V3's beside the dense first layer of ``tests/small.py``, and Mixtral is Qwen3 without the norm of queries and
-keys, with gpt-oss's router.
+The rest of the zoo is held by shapes: ``tests/test_count.py``. Seven run; the others are slow, and of them a step is
+traced. DeepSeek-V2 and V2-Lite are DeepSeek-V3 but for the router (``tests/test_routing.py``) and the latent queries
+(``tests/test_attention.py``), DeepSeekMoE's shared experts are DeepSeek-V3's beside the dense first layer of
+``tests/small.py``, Mixtral and Qwen3 are OLMoE but for the norm of queries and keys, and DBRX and Grok-1 those with a
+clip and a soft cap (``tests/test_attention.py``).
 """
 
 import dataclasses
@@ -35,7 +36,9 @@ SIGNATURES = {
     "llama4_scout": ("llama4_scout",),
 }
 """The preset that trains, and those of its architecture."""
-SLOW = ("deepseek_v2", "deepseek_moe_16b", "mixtral_8x7b")
+SLOW = (
+    "deepseek_v2", "deepseek_v2_lite", "deepseek_moe_16b", "mixtral_8x7b", "qwen3_30b_a3b", "dbrx", "grok_1",
+)  # fmt: skip
 DENSE_FIRST = ("deepseek_moe_16b",)
 """Those that keep their dense first layer, which doubles what is compiled."""
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SIGNATURES]
@@ -54,14 +57,28 @@ def smallest(name: str) -> ExperimentConfig:
     return dataclasses.replace(config, model=dataclasses.replace(model, num_layers=layers, moe=moe), train=train)
 
 
+def trainer_of(config: ExperimentConfig) -> Trainer:
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    return Trainer(config, np.ones(VOCAB, np.float32), mesh)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_step_of_training_is_traced(name: str):
+    """It gives the state that it takes, and gradients exist for all of it."""
+    trainer = trainer_of(smallest(name))
+    state, step = jax.eval_shape(trainer._step, trainer.abstract, random_batch(batch=4, seq=12))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state, step.loss)) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), (trainer.abstract, jax.ShapeDtypeStruct((), np.float32))
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_of_training(name: str):
     """Every array moves and stays finite, the loss of the batch falls, and every token has its k pairs."""
     config = smallest(name)
     moe = config.model.moe
-    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    with quick_compilation(), jax.set_mesh(mesh):
-        trainer = Trainer(config, np.ones(VOCAB, np.float32), mesh)
+    with quick_compilation():
+        trainer = trainer_of(config)
         state = start(trainer)
         before, batch, made = flat(state.params), random_batch(batch=4, seq=12), []
         for _ in range(config.train.steps):

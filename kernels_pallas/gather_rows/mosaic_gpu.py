@@ -178,6 +178,7 @@ def _call(x: Float[Array, "N D"], index: Int[Array, "R"], config: Config) -> Flo
         ],
         grid=(matmul_rows.multiprocessors() * config.blocks,),
         grid_names=("grid",),
+        kernel_name="gather_rows",  # in a profile
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     out = kernel(x.reshape(size, *row), index).reshape(count, columns)

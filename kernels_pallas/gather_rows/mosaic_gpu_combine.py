@@ -119,6 +119,7 @@ def _call(
         ],
         grid=(matmul_rows.multiprocessors() * config.blocks,),
         grid_names=("grid",),
+        kernel_name="combine_rows",  # in a profile
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     out = kernel(ys.reshape(size, *row), row_of_pair, weight).reshape(tokens, columns)

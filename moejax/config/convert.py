@@ -91,13 +91,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def config_hash(config: Any) -> str:
     """First 12 hex digits of the SHA-256 of the config as sorted JSON, without where data and cache lie, when warnings
-    are given and which tables are made, which change no number, and without later fields at their default: the hash of
-    a config that does not use them stays what it was."""
+    are given and which tables and rows are made, which change no number, and without later fields at their default: the
+    hash of a config that does not use them stays what it was."""
     fields = {name: value for name, value in _hashed(config).items() if name != "watch"}
     if isinstance(fields.get("data"), dict):
         fields["data"] = {k: v for k, v in fields["data"].items() if k not in ("root", "cache_dir")}
     if isinstance(fields.get("table"), dict):
-        fields["table"] = {k: v for k, v in fields["table"].items() if k != "tables"}
+        fields["table"] = {k: v for k, v in fields["table"].items() if k not in ("tables", "layer_factors")}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 

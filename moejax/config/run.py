@@ -114,6 +114,9 @@ class TableConfig:
     """Which of the paper's tables are made. It changes no number, and is no part of the config's hash."""
     arms: tuple[str, ...] = ()
     factors: tuple[float, ...] = ()
+    layer_factors: tuple[float, ...] = later(())
+    """A capacity factor for each MoE layer, of one row more in a table of arms at equal latency. It changes no other
+    row, and is no part of the config's hash."""
     margin: float = 0.005
     """Bits per byte that a contrast must exceed."""
     tune_steps: int = later(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from moejax.report import compare, health, sections, sweeps, tables
+from moejax.report import compare, health, pareto, sections, sweeps, tables
 from moejax.report.blocks import Notes, Section
 from moejax.report.caveats import caveats
 from moejax.report.load import Run, read_run
@@ -88,7 +88,7 @@ def render(runs: Sequence[Run]) -> str:
         title=sweeps.title(runs[0])[0] if len(runs) == 1 else f"{len(runs)} runs",
         titles={run.key: sweeps.title(run) for run in runs},
         parts=parts,
-        overview=compare.overview(runs) if len(runs) > 1 else [],
+        overview=[*(compare.overview(runs) if len(runs) > 1 else []), *pareto.sections(runs)],
         css=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
     )
 

@@ -39,6 +39,8 @@ _VARIABLES = {
 }
 LOG_FROM = 10.0
 """Ratio of the largest to the smallest x from which on the axis of ``arms`` is logarithmic."""
+CLOSE = 0.06
+"""Where two places on the axis of ``arms`` are nearer than this share of it, not all are named, but round ones."""
 _MARKERS = "os^Dv<>P"
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 _STYLE: dict[Any, Any] = {
@@ -116,7 +118,9 @@ def _inline(svg: str, name: str, alt: str) -> str:
 
 def _legend(axes: Axes, entries: int) -> None:
     if entries > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0, columnspacing=1.2)
+        longest = max(map(len, axes.get_legend_handles_labels()[1]))
+        columns = 3 if longest <= 17 else 2 if longest <= 30 else 1  # as many as the figure is wide
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0, columnspacing=1.2)
 
 
 def _thousands(value: float, _: Any) -> str:
@@ -177,7 +181,8 @@ def arms(
             axes.minorticks_off()
         axes.set_xlabel(xlabel + (", logarithmic" if log else ""))
         axes.set_ylabel(ylabel)
-        axes.set_xticks(xs)
+        if step > CLOSE * sum(gaps):
+            axes.set_xticks(xs)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.margins(x=0.04, y=0.08)
         _large_numbers(axes)

@@ -70,7 +70,7 @@ def _running(operation, arguments, dtypes):
                 break
 
 
-def on_backends(operation, *names, dtypes=("float32", "bfloat16"), parts=1, biased=True, only=None):
+def on_backends(operation, *names, dtypes=("float32", "bfloat16"), parts=1, biased=True, only=None, quick=None):
     """Parametrises a test over shapes of `specs` and the back ends that run there, as (shape, implementation, dtype).
 
     A back end that refuses all shapes named gets "blocks" instead. If it refuses that too, it is left out, not skipped:
@@ -83,6 +83,7 @@ def on_backends(operation, *names, dtypes=("float32", "bfloat16"), parts=1, bias
         parts: groups of each expert; from 2 on the back end must take extents and row weights too.
         biased: whether it must take biases.
         only: names of the back ends to test; None is all.
+        quick: on a CPU the others are slow; None is all. What they have in common a few show.
     """
 
     def arguments(shape, dtype):
@@ -106,7 +107,11 @@ def on_backends(operation, *names, dtypes=("float32", "bfloat16"), parts=1, bias
         for implementation, dtype in _running(operation, functools.partial(arguments, shape), dtypes):
             if (only is None or implementation in only) and not (spare and implementation in seen):
                 seen.add(implementation)
-                found.append(pytest.param(shape, implementation, dtype, id=f"{implementation}-{name}-{dtype}"))
+                slow = ON_CPU and quick is not None and implementation not in quick
+                marks = [pytest.mark.slow] if slow else []
+                found.append(
+                    pytest.param(shape, implementation, dtype, id=f"{implementation}-{name}-{dtype}", marks=marks)
+                )
     return pytest.mark.parametrize(("shape", "implementation", "dtype"), found)
 
 

@@ -13,6 +13,7 @@ from kernels_pallas.grouped_matmul import grouped_ffn, grouped_matmul, groups, s
 from tests.kernels_pallas import oracle
 from tests.kernels_pallas.backends import (
     MARKS,
+    ON_CPU,
     QUICK,
     TOLERANCE,
     TRACES,
@@ -33,6 +34,7 @@ ALL = 2**31 - 1
 EXTENTS = (ALL, 200, 128, 0)
 # What the two groups of one expert may have: the first has the larger extent.
 PAIRS = list(itertools.combinations_with_replacement(EXTENTS, 2))
+AXES = ["n", pytest.param("k", marks=pytest.mark.slow if ON_CPU else [])]
 
 
 def halves(shape):
@@ -50,8 +52,9 @@ def single(experts):
 
 
 class TestMatmul:
+    # The gradient of lhs is the product of the other axis and the other `transpose_rhs`, so "n" holds "k" too.
     @pytest.mark.parametrize("transpose_rhs", [False, True])
-    @pytest.mark.parametrize("axis", ["n", "k"])
+    @pytest.mark.parametrize("axis", AXES)
     @on_matmuls("blocks", parts=2)
     def test_two_groups_with_extents_and_empty_groups(self, shape, implementation, dtype, axis, transpose_rhs):
         shape = halves(shape)
@@ -60,7 +63,7 @@ class TestMatmul:
             sizes = specs.with_empties(pattern, 4, shape.rows, seed=pattern)
             check_matmul(implementation, shape, sizes, extents=pairs_of(2, first=pattern), **options)
 
-    @pytest.mark.parametrize("axis", ["n", "k"])
+    @pytest.mark.parametrize("axis", AXES)
     @on_matmuls("odd_blocks", parts=2)
     def test_one_group_with_extents_and_odd_sizes(self, shape, implementation, dtype, axis):
         shape = dataclasses.replace(shape, experts=4)
@@ -109,7 +112,7 @@ class TestFfn:
         check_ffn(implementation, halves(shape), sizes, extents=np.zeros(4, np.int32), **options)
         assert len(TRACES) == before
 
-    @on_ffns("odd_blocks", parts=2)
+    @on_ffns("odd_blocks", parts=2, quick=("cpu_tiled", "padded"))
     def test_vmap_and_shard_map_split_extents_and_row_weights(self, shape, implementation, dtype):
         shape, dtype, tolerance = dataclasses.replace(shape, experts=2), jnp.dtype(dtype), TOLERANCE[dtype]
         _, weights, _, _ = ffn_inputs(shape, "swiglu", bias=True, dtype=dtype)

@@ -162,10 +162,21 @@ class TestBackend:
         check(implementation, routing, dtype=jnp.bfloat16, forward=5e-3, backward=1e-2)
 
 
-# The chain of primitives is the same for all but `ref`; `lax` compiles fastest.
-@pytest.mark.parametrize("implementation", ["lax", "ref"])
+# The chain of primitives is the same for all but `ref`; `lax` compiles fastest. `ref` has its activations from
+# grouped_ffn, where test_grouped_matmul.py holds each: most are slow here.
 @pytest.mark.parametrize(
-    ("activation", "bias"), [("swiglu", False), *((name, True) for name in ACTIVATIONS if name != "swiglu")]
+    ("implementation", "activation", "bias"),
+    [
+        ("lax", "swiglu", False),
+        *(("lax", name, True) for name in ACTIVATIONS if name != "swiglu"),
+        ("ref", "swiglu_clamped", True),
+        pytest.param("ref", "swiglu", False, marks=pytest.mark.slow),
+        *(
+            pytest.param("ref", name, True, marks=pytest.mark.slow)
+            for name in ACTIVATIONS
+            if name not in ("swiglu", "swiglu_clamped")
+        ),
+    ],
 )
 def test_activations_with_and_without_biases(implementation, activation, bias):
     check(implementation, "some dropped", activation, bias=bias)
