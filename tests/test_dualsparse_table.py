@@ -269,3 +269,69 @@ def test_the_page_says_what_the_rows_of_the_gpu_say():
     )
     assert f"16 tokens gains {kept[0].value:.2f}" in page and f"one token {kept[1].value:.2f}" in page
     assert "({:.2f} and {:.2f} there)".format(*(row.extra["bound_by_bytes"] for row in kept)) in page
+
+
+def test_the_page_says_what_the_rows_of_two_gpus_say():
+    results, docs = ROOT / "experiments" / "results", ROOT / "docs"
+    page, other = (" ".join((docs / name).read_text().split()) for name in ("dualsparse.md", "partition.md"))
+    rows = read_rows(results / "dualsparse_h200x2.jsonl")
+    by_load = {row.row: row for row in rows if row.table == "load_aware_speed"}
+    for arm in ("1T", "2T"):
+        cells = [
+            f"{row.value:.2f} of {row.extra['predicted']:.2f}, {100 * row.extra['drop_rate']:.1f} %"
+            for model in ("olmoe", "mixtral")
+            for row in (by_load[f"{model}, {arm}{rule}"] for rule in ("", ", paper", ", water"))
+        ]
+        assert f"| {arm} | {' | '.join(cells)} |" in page
+
+    def shares(good: bool) -> tuple[str, str]:
+        some = [r for name, r in by_load.items() if "none" not in name and ("olmoe, 2T" not in name) is good]
+        found = [r.extra["share_of_predicted"] for r in some]
+        gained = [(r.value - 1) / (r.extra["predicted"] - 1) for r in some]
+        return tuple(f"{100 * min(of):.0f} to {100 * max(of):.0f} %" for of in (found, gained))
+
+    (most, gain), (least, small) = shares(True), shares(False)
+    assert f"reached to {most} with 1T-Drop and for Mixtral, to {least} with OLMoE's 2T-Drop" in page
+    assert f"above 1 that is {gain}, and {small}" in page
+    skews = [by_load[f"{model}, none"].extra["max_over_mean"] for model in ("olmoe", "mixtral")]
+    assert "(busiest over mean {:.2f} and {:.2f};".format(*skews) in page
+    s_etp = {(row.row, row.metric): row.extra["times_as_fast"] for row in rows if row.table == "s-etp"}
+    for way, metric, text in (
+        ("S-ETP", "collectives", "are {:.2f} times as fast as ETP's with 4 MiB of tokens on a device and {:.2f} times"),
+        ("S-ETP", "trip", "not: {:.2f} and {:.2f} times as fast"),
+        ("ETP, tokens first", "collectives", "whatever its k, is {:.2f} and {:.2f} times as fast"),
+        ("ETP, tokens first", "trip", "(trip {:.2f} and {:.2f})"),
+    ):
+        found = [s_etp[f"{way}, 1 x 2 devices, {size} MiB", f"bandwidth/{metric}"] for size in (4, 64)]
+        assert text.format(*found) in other
+    first = {(row.row, row.metric): row.value for row in read_rows(results / "dualsparse_h100.jsonl")}
+    later = {(row.row, row.metric): row.value for row in read_rows(results / "dualsparse_decode_h200.jsonl")}
+    tokens = [first["olmoe, 2T half, 25%", f"speedup/decode/{b}"] for b in (1, 512)]
+    assert "{:.2f} for one token, {:.2f} for 512 in those rows".format(*tokens) in page
+    tokens = [later["olmoe, 2T half, 25%", f"speedup/decode/{b}"] for b in (1, 16, 512)]
+    assert "{:.2f} of the speed without a limit for one token, {:.2f} for 16 and {:.2f} for 512".format(*tokens) in page
+
+
+def test_the_page_says_what_the_rows_of_lab_models_say():
+    page = " ".join((ROOT / "docs" / "dualsparse.md").read_text().split())
+    rows = read_rows(ROOT / "experiments" / "results" / "dualsparse_lab.jsonl")
+    judged = {(row.config.rpartition("=")[2], row.table, row.row): row for row in rows if row.kind == "contrast"}
+    models = ("mixtral_like", "olmoe_like")
+    one = lambda name: [judged[model, "2", name] for model in models]  # noqa: E731
+    lost = one("2T reconstruct loses nothing")
+    assert "{:.4f} bits per byte for the Mixtral-like".format(lost[0].value) in page  # noqa: UP032
+    assert f"{lost[1].value:.4f} for the OLMoE-like one" in page
+    assert [row.verdict for row in lost] == ["inconclusive", "not reproduced"]
+    against, order = one("2T reconstruct loses less than 1T"), one("reconstruct beats partition")
+    for i, text in enumerate(
+        ("{:.4f} and {:.4f} for the Mixtral-like model", "{:.4f} and {:.4f} for the OLMoE-like one")
+    ):
+        assert text.format(against[i].value, order[i].value) in page
+    assert {row.verdict for row in against + order} == {"not reproduced"}
+    wide = [-row.value for row in one("wide: reconstruct beats partition")]
+    assert "reconstruction is worth {:.4f} and {:.4f}".format(*wide) in page
+    assert all(row.value > 0 for row in one("wide: 2T reconstruct loses less than 1T"))
+    ees = judged["olmoe_like", "3", "2T reconstruct beats EES"]
+    assert ees.verdict == "direction" and f"is {-ees.value:.3f} better than EES" in page
+    less = judged["olmoe_like", "3", "2T reconstruct beats lower top-k at equal work"]
+    assert less.verdict == "not reproduced" and f"{-less.value:.4f} better than one expert less" in page
