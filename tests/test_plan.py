@@ -124,6 +124,7 @@ MORE_KEPT = {
     "expert_choice": tiny(moe=routed_by("expert_choice")),
     "softmax_of_topk": tiny(moe=routed_by("softmax_of_topk")),
     "capacity": tiny(moe={"capacity_factor": 1.0}),
+    "expanded drop": tiny(moe={"capacity_limits": ("expanded_drop:factor=1.0",)}),
     "padded": tiny(moe={"implementation": "padded"}),
     "ref": tiny(moe={"implementation": "ref"}),
     "unrolled": tiny(layer_loop="unroll"),
@@ -194,6 +195,15 @@ def test_expert_parallelism_keeps_its_own_experts_and_buffers(name: str):
     (weights,) = [a for a in kept if a.part == "expert weights"]
     assert s.rows == {"worst case": 2, "with a factor": 1.25, "chunked": 2}[name] * s.pairs
     assert weights.bytes == 4 * 3 * 8 * 96 * 48 * 4  # layers, matrices, experts of a rank, D, F, float32
+
+
+def test_limits_that_add_pairs_append_columns():
+    limits = {"capacity_limits": ("threshold_drop:threshold=0.1", "expanded_drop:factor=1.0")}
+    s = sizes.make(tiny(moe=limits), ONE, "cpu", train=True)
+    assert s.pairs == s.rows == (4 + 16) * s.tokens  # the router's and one for each expert
+    s = sizes.make(tiny(moe=limits | {"dispatcher": "ep"}), MeshConfig(data=2, expert=2), "cpu", train=True)
+    assert s.pairs == (4 + 8) * s.tokens  # for each of the rank's own
+    assert s.rows == 2 * 8 * s.tokens  # worst case: every token sends as many pairs as the rank has experts
 
 
 def test_every_router_family_is_counted():

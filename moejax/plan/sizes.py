@@ -5,6 +5,7 @@ hidden, E experts, K choices, H heads, G key/value heads, N head dim, V vocabula
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 
 from kernels_pallas.grouped_matmul.ffn import Weights
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend as mosaic_gpu
+from moejax import limits
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, ModelConfig
 from moejax.dispatch import buffer_rows, pieces
 from moejax.experts import GATED, expert_specs
-from moejax.moe import shared_width
+from moejax.moe import MoELayer, shared_width
+from moejax.types import RouteContext
 
 Platform = Literal["cpu", "gpu", "tpu"]
 F32 = INT = 4
@@ -147,12 +150,17 @@ class Sizes:
         return 3 if self.model.activation in GATED else 2
 
     @property
+    def columns(self) -> int:
+        """K, pairs of a row of the Routing table, with those that the config's limits append for pairs they may add."""
+        return table_columns(self.model, self.expert_shards if self.expert_parallel else 1)
+
+    @property
     def pairs(self) -> int:
         """R K, entries of the Routing table."""
         moe = self.model.moe
         if moe.router.name == "expert_choice":
             return moe.num_experts * min(self.tokens, math.ceil(self.tokens * moe.router.k / moe.num_experts))
-        return self.tokens * moe.router.k
+        return self.tokens * self.columns
 
     @property
     def expert_parallel(self) -> bool:
@@ -175,7 +183,7 @@ class Sizes:
         for part in pieces(moe, self.tokens):
             tokens = part.stop - part.start
             expert_choice = moe.router.name == "expert_choice"
-            table = (self.pairs * moe.parts, 1) if expert_choice else (tokens, moe.router.k * moe.parts)
+            table = (self.pairs * moe.parts, 1) if expert_choice else (tokens, self.columns * moe.parts)
             rows += self.expert_shards * buffer_rows(
                 moe, table, tokens, self.expert_shards, moe.stored_experts, moe.parts
             )
@@ -185,6 +193,23 @@ class Sizes:
     def scores(self) -> int:
         """Elements of one [B, H, S, S]."""
         return self.tokens * self.seq * self.heads
+
+
+@functools.cache
+def table_columns(model: ModelConfig, ranks: int) -> int:
+    """Columns of the Routing table after the config's limits, on one of ``ranks`` ranks; k without limits."""
+    moe = model.moe
+    if not limits.of_config(moe):
+        return moe.router.k
+    moe = dataclasses.replace(moe, dispatcher="local", virtual_ranks=ranks)
+
+    def decided(x: jax.Array) -> jax.Array:
+        layer = MoELayer(moe, model.dim, model.activation, jax.random.key(0))
+        record = layer.begin(x, RouteContext(key=jax.random.key(0), record=True)).record
+        assert record is not None
+        return record.kept.expert
+
+    return jax.eval_shape(decided, jax.ShapeDtypeStruct((1, 8 * ranks, model.dim), jnp.float32)).shape[-1]
 
 
 def _share(size: int, shards: int) -> int:
