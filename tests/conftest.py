@@ -4,6 +4,7 @@
 JAX reads these variables when it is imported, so they are set before the first test module is.
 """
 
+import gc
 import os
 import re
 import sys
@@ -23,9 +24,10 @@ def platform_settings(mark_expression: str, environ: Mapping[str, str]) -> dict[
     settings = {"JAX_PLATFORMS": platform or "cpu"}
     flags = environ.get("XLA_FLAGS", "")
     if settings["JAX_PLATFORMS"] == "cpu" and "xla_force_host_platform_device_count" not in flags:
-        # Nearly all of a test's time is compilation: level 0 leaves LLVM's optimisations out, XLA's own stay.
-        cheap = f"--xla_force_host_platform_device_count={EMULATED_DEVICES} --xla_backend_optimization_level=0"
-        settings["XLA_FLAGS"] = f"{flags} {cheap}".strip()
+        # Nearly all of a test's time is compilation: these leave LLVM's optimisations out, XLA's own stay.
+        cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        devices = f"--xla_force_host_platform_device_count={EMULATED_DEVICES}"
+        settings["XLA_FLAGS"] = f"{flags} {devices} {cheap}".strip()
     return settings
 
 
@@ -38,9 +40,20 @@ def pytest_configure(config: pytest.Config) -> None:
             "a pytest plugin does so; disable it with -p no:NAME, or set these variables yourself"
         )
     os.environ.update(settings)
+    # Not after every 700 of the many small objects of a syntax tree or of a traced program.
+    gc.set_threshold(20_000, 20, 20)
 
 
-LONGEST = ("test_soak.py", "test_zoo_training.py", "test_parity.py", "test_train.py", "test_moe.py")
+def pytest_collection_finish() -> None:
+    """What all test modules imported stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+LONGEST = (
+    "test_soak.py", "test_mosaic_gpu.py", "test_mtp.py", "test_parity.py", "test_extents.py", "test_train.py",
+    "test_limits_reference.py", "test_composition.py", "test_model.py", "test_zoo_training.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -335,3 +335,9 @@ def test_the_page_says_what_the_rows_of_lab_models_say():
     assert ees.verdict == "direction" and f"is {-ees.value:.3f} better than EES" in page
     less = judged["olmoe_like", "3", "2T reconstruct beats lower top-k at equal work"]
     assert less.verdict == "not reproduced" and f"{-less.value:.4f} better than one expert less" in page
+    tiny = read_rows(ROOT / "experiments" / "results" / "dualsparse_tiny_deepseek.jsonl")
+    tiny = {row.row: row for row in tiny if row.kind == "contrast"}
+    both = [tiny[name] for name in ("2T reconstruct loses less than 1T", "reconstruct beats partition")]
+    assert {row.verdict for row in both} == {"inconclusive"}
+    assert f"costs {tiny['2T reconstruct loses nothing'].value:.4f} and both contrasts" in page
+    assert "({:.4f} and {:.4f}, with".format(*(row.value for row in both)) in page

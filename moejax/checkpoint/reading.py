@@ -50,7 +50,7 @@ def load(folder: Path, like: Any, *, prefix: str = "") -> tuple[Any, dict[str, A
     leaves = [
         array
         if array.dtype == leaf.dtype and isinstance(array, jax.Array)
-        else jax.device_put(array.astype(leaf.dtype), _sharding(leaf))
+        else jax.device_put(_cast(array, leaf.dtype), _sharding(leaf))
         for array, leaf in zip(arrays.values(), wanted.values(), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
@@ -329,6 +329,13 @@ def _abstract(leaf: Any, dtype: Any) -> Any:
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
     return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    alone = isinstance(getattr(array, "sharding", None), jax.sharding.SingleDeviceSharding)
+    if alone and not jax.sharding.get_abstract_mesh().empty:
+        array = np.asarray(array)  # where a mesh is in force no program takes an array that lies on one device
+    return array.astype(dtype)
 
 
 @functools.cache
