@@ -171,7 +171,8 @@ def command(values: flags.FlagValues) -> int:
     replicate_flags.check(values)
     with session.on_mesh(values) as mesh:
         model, config, meta = open_model(values.checkpoint, compute_dtype=values.dtype, mesh=mesh)
-        model = replicate_flags.applied(values, model, mesh)
+        limits = limit_flags.given(values, model.config)
+        model = replicate_flags.applied(values, model, mesh, limits)
         tokenizer = tokenizer_of(config.data, meta.get("data", {}), model.config.vocab_size)
         made: list[int] = []
         pieces = stream(
@@ -184,7 +185,7 @@ def command(values: flags.FlagValues) -> int:
             seed=values.seed,
             chat=values.chat,
             made=made,
-            limits=limit_flags.given(values, model.config),
+            limits=limits,
             limit_steps=values.limit_decode,
         )
         sys.stdout.write("" if values.chat else values.prompt)

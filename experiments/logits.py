@@ -26,6 +26,7 @@ from experiments import replicate_flags, session
 from moejax.config import ConfigError
 from moejax.data.cache import replacing
 from moejax.dispatch import token_shards
+from moejax.limits import of_config
 from moejax.model import Decoder
 from moejax.pretrained import open_model
 
@@ -129,7 +130,7 @@ def command(values: flags.FlagValues) -> int:
     tokens = read_tokens(Path(values.tokens))
     with session.on_mesh(values) as mesh:
         model, _, meta = open_model(values.checkpoint, compute_dtype=values.dtype, mesh=mesh, mtp=values.mtp)
-        model = replicate_flags.applied(values, model, mesh)
+        model = replicate_flags.applied(values, model, mesh, of_config(model.config.moe))
         results = all_logits(model, tokens, values.batch_size) if values.mtp else [
             logits(model, tokens, values.batch_size)]  # fmt: skip
     with contextlib.ExitStack() as stack:  # all of them or none

@@ -1,5 +1,7 @@
 """``--replicate``: copies of busy experts on other devices (``docs/expert_parallelism.md``)."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -9,6 +11,7 @@ from moejax import replicas, trace
 from moejax.config import ConfigError
 from moejax.model import Decoder
 from moejax.replication import max_over_mean, rank_loads, replicate
+from moejax.types import Limit
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -27,14 +30,16 @@ def check(values: flags.FlagValues) -> None:
         raise ConfigError("--replicate needs devices to put copies on: --mesh=data=1,expert=4, or how many there are")
 
 
-def applied(values: flags.FlagValues, model: Decoder, mesh: Mesh | None) -> Decoder:
-    """The model with the copies that the flags ask for; without them as it is.
+def applied(values: flags.FlagValues, model: Decoder, mesh: Mesh | None, limits: Iterable[Limit] = ()) -> Decoder:
+    """The model with the copies that the flags ask for; without them as it is. ``limits``: those in force.
 
     Raises:
-      ConfigError: as :func:`moejax.trace.read` and :func:`moejax.replicas.with_copies`.
+      ConfigError: as :func:`moejax.trace.read`, :func:`moejax.replicas.check_limits` and
+        :func:`moejax.replicas.with_copies`.
     """
     if values.replicate is None or mesh is None:
         return model
+    replicas.check_limits(limits)
     with trace.read(values.replicate) as source:
         loads = replicas.recorded_loads(source)
     ranks, extra = mesh.shape["expert"], values.replicas

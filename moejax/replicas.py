@@ -7,7 +7,7 @@ Letters: L MoE layers, E experts.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from moejax.config import ConfigError
+from moejax.limits import DeviceBudget, ExpandedDrop, MeasuredBudget
 from moejax.model import Decoder, moe_layer_ids, moe_layer_numbers
 from moejax.moe import MoELayer
 from moejax.replication import replicate, stacked, store_copies
 from moejax.trace import Trace
+from moejax.types import Limit
 
 
 def recorded_loads(source: Trace) -> Float[np.ndarray, "L E"]:
@@ -37,6 +39,17 @@ def moe_layers(model: Decoder) -> Iterator[tuple[MoELayer, Int[np.ndarray, "repe
         for i, block in enumerate(group.blocks):
             if block.moe is not None:
                 yield block.moe, numbers[:, i]
+
+
+def check_limits(limits: Iterable[Limit]) -> None:
+    """Raises ConfigError for a limit that goes by where experts are: it sees them in order of ids, not the copies."""
+    for limit in limits:
+        by_device = isinstance(limit, DeviceBudget | ExpandedDrop | MeasuredBudget)
+        if by_device or getattr(limit, "expanded", False) or getattr(limit, "load_aware", "none") != "none":
+            raise ConfigError(
+                f"{type(limit).__name__} goes by the experts of each device in order of their ids, and copies lie "
+                "elsewhere and take over load: choose a limit of each expert or token, or leave out --replicate"
+            )
 
 
 def with_copies(model: Decoder, loads: Float[np.ndarray, "L E"], mesh: Mesh, extra: int = 1) -> Decoder:

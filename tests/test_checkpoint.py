@@ -178,6 +178,19 @@ def test_only_the_named_arrays_are_read(made: Trainer, saved: Path, copy: Path):
     assert nothing == {} and meta["step"] == 4
 
 
+def test_arrays_of_another_type_are_read_where_a_mesh_is_in_force(tmp_path: Path):
+    """As `--mesh` has it, of what was made of a published folder in bfloat16."""
+    value = np.arange(8.0, dtype=np.float32).reshape(2, 4)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"params": {"a": jnp.asarray(value, jnp.bfloat16)}}, {"step": 1, "data": {}}, score=1.0)
+    checkpoints.close()
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])):
+        like = {"params": {"a": jax.ShapeDtypeStruct(value.shape, np.float32)}}
+        read, _ = checkpoint.load(tmp_path / "1", like)
+    assert read["params"]["a"].dtype == np.float32
+    np.testing.assert_array_equal(read["params"]["a"], value)
+
+
 def test_meta(saved: Path):
     assert checkpoint.read_meta(saved / "checkpoints" / "1")["step"] == 1
 

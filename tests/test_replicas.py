@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import generate, session
-from moejax import replicas, sharding, trace
+from moejax import limits, replicas, sharding, trace
 from moejax.config import ConfigError, MeshConfig
 from moejax.replication import Replicated
 from tests import moe_fakes as fakes
@@ -64,6 +64,20 @@ def test_experts_in_parts_and_virtual_ranks_are_refused():
         replicas.with_copies(fakes.small_model(moe={"virtual_ranks": 2}), LOADS, mesh_of(1, 2))
     with pytest.raises(ConfigError, match=r"moe\.parts=2: experts that are stored in parts cannot be copied"):
         replicas.with_copies(fakes.small_model(moe={"parts": 2}), LOADS, mesh_of(1, 2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "device_budget:factor=1", "measured_budget", "expanded_drop:factor=1",
+        "threshold_drop:threshold=0.2,load_aware=water,ranks=2",
+    ],
+)  # fmt: skip
+def test_limits_that_go_by_where_experts_are_do_not_go_with_copies(text: str):
+    others = [limits.parse(text) for text in ("token_drop:factor=1", "threshold_drop:threshold=0.2,gap=0.1")]
+    replicas.check_limits(others)
+    with pytest.raises(ConfigError, match="copies lie elsewhere and take over load"):
+        replicas.check_limits([*others, limits.parse(text)])
 
 
 def test_recorded_loads_are_the_routers_pairs(tmp_path: Path):
