@@ -7,6 +7,7 @@ JAX reads these variables when it is imported, so they are set before the first 
 import gc
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
             "a pytest plugin does so; disable it with -p no:NAME, or set these variables yourself"
         )
     os.environ.update(settings)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: what is started would ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not after every 700 of the many small objects of a syntax tree or of a traced program.
     gc.set_threshold(20_000, 20, 20)
 
