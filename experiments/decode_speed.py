@@ -33,7 +33,7 @@ from experiments.speed import rate, repeat
 from moejax import decode, importers
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig, config_hash
 from moejax.model import Cache, Decoder, build
-from moejax.results import ResultRow, append_rows, environment_facts
+from moejax.results import ResultRow, append_rows
 
 PAPER, TABLE = "speed", "decode"
 TOLERANCE = 1.5
@@ -158,12 +158,9 @@ def measure(config: ExperimentConfig, values: flags.FlagValues, say: Callable[[s
     model, batches = config.model, [int(b) for b in values.batches]
     passes = {f"prefill/{b}": b * values.context for b in batches if b <= values.prefill_batch}
     passes |= {f"decode/{b}": b * values.new_tokens for b in batches}
-    facts = environment_facts()
-    shared: dict[str, Any] = {
-        "kind": "value", "paper": PAPER, "table": TABLE, "scale": config.scale, "config": config.name,
-        "config_hash": config_hash(config), "batch_shape": (max(batches), values.context),
-        "command": session.command_line(),
-        **{name: facts[name] for name in ("commit", "dirty", "device", "device_count", "versions")},
+    shared = session.row_facts(PAPER, TABLE) | {
+        "scale": config.scale, "config": config.name, "config_hash": config_hash(config),
+        "batch_shape": (max(batches), values.context),
     }  # fmt: skip
     made = random_model(model)
     rival: Any = None

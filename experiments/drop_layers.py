@@ -119,16 +119,8 @@ def with_config(layer: MoELayer, **changes: Any) -> MoELayer:
 def in_turn(
     calls: Mapping[str, Callable[[], Any]], repeats: int, target_ms: float, per_call: int = 1
 ) -> dict[str, timing.Timings]:
-    """Timings of each call, all of them in turn, every round from another one on. A call does the work ``per_call``
-    times."""
-    batches = {name: timing.wall_clock(call, jax.block_until_ready) for name, call in calls.items()}
-    count = {name: timing.repeat(batch, 1, target_ms).calls for name, batch in batches.items()}
-    names, seconds = list(calls), {name: [] for name in calls}
-    for turn in range(repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(batches[name](count[name]) / (count[name] * per_call))
-    return {name: timing.Timings(tuple(seconds[name]), count[name] * per_call) for name in names}
+    """:func:`kernels_pallas.rivals.timing.in_turns` of JAX programs."""
+    return timing.in_turns(calls, jax.block_until_ready, repeats, target_ms, per_call)
 
 
 def gain(slow: timing.Timings, fast: timing.Timings) -> tuple[float, tuple[float, float]]:

@@ -45,7 +45,7 @@ from experiments.drop_scores import SHAPES, Arm, Setting
 from experiments.speed import rate as per_second
 from moejax import decode, limits, thresholds
 from moejax.config import ConfigError, config_hash
-from moejax.results import ResultRow, append_rows, environment_facts
+from moejax.results import ResultRow, append_rows
 from moejax.thresholds import ScoreTable
 from moejax.types import Limit, MoEMetrics
 
@@ -205,11 +205,7 @@ def _number(text: str) -> float | None:
 def command(values: flags.FlagValues) -> int:
     how, begin = how_of(values), time.monotonic()
     left_out: list[str] = []
-    facts = environment_facts()
-    shared: dict[str, Any] = {
-        "kind": "value", "paper": PAPER, "table": TABLE, "command": session.command_line(),
-        **{name: facts[name] for name in ("commit", "dirty", "device", "device_count", "versions")},
-    }  # fmt: skip
+    shared = session.row_facts(PAPER, TABLE)
 
     def room(what: str) -> bool:
         spent = time.monotonic() - begin

@@ -43,7 +43,7 @@ from moejax import dispatch, moe, sharding
 from moejax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
 from moejax.dispatch import exchange, rows
 from moejax.dispatch.shards import AXIS
-from moejax.results import ResultRow, append_rows, environment_facts
+from moejax.results import ResultRow, append_rows
 from moejax.types import ExchangePlan, RouteContext, Routing
 
 PAPER, TABLE = "speed", "expert_parallelism"
@@ -398,13 +398,9 @@ def command(values: flags.FlagValues) -> int:
     setting = Setting(values.experts, values.k, values.dim, values.expert_dim, values.tokens, values.repeats,
                       values.target_ms)  # fmt: skip
     mesh = sharding.make_mesh(MeshConfig(data=1, expert=len(devices)), devices)
-    facts = environment_facts()
     told = {name: os.environ[name] for name in TRANSPORT_VARIABLES if name in os.environ}
-    shared: dict[str, Any] = {
-        "kind": "value", "paper": PAPER, "table": TABLE,
-        "command": " ".join([*(f"{name}={value}" for name, value in told.items()), session.command_line()]),
-        **{name: facts[name] for name in ("commit", "dirty", "device", "device_count", "versions")},
-    }  # fmt: skip
+    shared = session.row_facts(PAPER, TABLE)
+    shared["command"] = " ".join([*(f"{name}={value}" for name, value in told.items()), shared["command"]])
 
     def measured() -> Iterator[ResultRow]:
         if "transfer" in values.parts:

@@ -48,7 +48,7 @@ from moejax import dispatch, partition, sharding
 from moejax.config import ConfigError, MeshConfig
 from moejax.dispatch.shards import AXIS
 from moejax.plan.compiled import collective_bytes
-from moejax.results import ResultRow, append_rows, environment_facts
+from moejax.results import ResultRow, append_rows
 from moejax.types import RouteContext, Routing
 
 PAPER, TABLE = "dualsparse", "s-etp"
@@ -397,11 +397,7 @@ def command(values: flags.FlagValues) -> int:
         raise ConfigError("--output is needed: the results file to append to")
     session.check_output(values.output)
     setting, grid = read_flags(values)
-    facts = environment_facts()
-    shared: dict[str, Any] = {
-        "kind": "value", "paper": PAPER, "table": TABLE, "command": session.command_line(),
-        **{name: facts[name] for name in ("commit", "dirty", "device", "device_count", "versions")},
-    }  # fmt: skip
+    shared = session.row_facts(PAPER, TABLE)
 
     def measured() -> Iterator[ResultRow]:
         for mib in values.mib:

@@ -23,7 +23,7 @@ from absl import flags
 from experiments import session
 from moejax import sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash
-from moejax.results import ResultRow, append_rows, environment_facts
+from moejax.results import ResultRow, append_rows
 from moejax.train import Trainer, score_fn
 
 PAPER, TABLE = "speed", "end_to_end"
@@ -141,13 +141,10 @@ def measure(config: ExperimentConfig, names: list[str], output: Path, repeats: i
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.token_shards(mesh)
     validate.check_devices(config, shards)
-    facts = environment_facts()
     expected: First | None = None
-    shared: dict[str, Any] = {
-        "kind": "value", "paper": PAPER, "table": TABLE, "scale": config.scale, "config": config.name,
-        "config_hash": config_hash(config), "batch_shape": (config.train.batch_size, config.data.seq_len),
-        "command": session.command_line(),
-        **{name: facts[name] for name in ("commit", "dirty", "device", "device_count", "versions")},
+    shared = session.row_facts(PAPER, TABLE) | {
+        "scale": config.scale, "config": config.name, "config_hash": config_hash(config),
+        "batch_shape": (config.train.batch_size, config.data.seq_len),
     }  # fmt: skip
     agree = True
     for name in names:

@@ -150,17 +150,6 @@ def check(problem: Problem, out: Array) -> None:
         raise WrongResult(f"{count} of {len(wanted)} rows are wrong, the first one is row {int(jnp.argmax(wrong))}")
 
 
-def in_turns(runs: dict[str, Callable[[], Any]], repeats: int, target_ms: float) -> dict[str, timing.Timings]:
-    """Timings of each, one of every program in each round."""
-    batches = {name: timing.wall_clock(run, jax.block_until_ready) for name, run in runs.items()}
-    calls = {name: timing.repeat(batch, 1, target_ms).calls for name, batch in batches.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, batch in batches.items():
-            seconds[name].append(batch(calls[name]) / calls[name])
-    return {name: timing.Timings(tuple(seconds[name]), calls[name]) for name in runs}
-
-
 def make(operation: str, shape: Shape, padding: float, dtype: str) -> Problem:
     """Random normal rows, and for a sum gate weights between 0 and 1."""
     source = table(shape, padding)
@@ -221,7 +210,7 @@ def measure(operation: str, shape: Shape, padding: float, args: argparse.Namespa
     try:
         words = jax.lax.iota(jnp.int32, max(1, moved // 8))
         runs["copy"] = functools.partial(jax_run.compiled(lambda words: ~words, words), words)
-        timings = in_turns(runs, args.repeats or 20, args.target_ms)
+        timings = timing.in_turns(runs, jax.block_until_ready, args.repeats or 20, args.target_ms)
     except Exception as failure:
         timings, told = {}, {"error": worker.describe(failure)}
         rows = {name: row if "refused" in row else told | row for name, row in rows.items()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -60,6 +60,26 @@ def wall_clock(call: Callable[[], object], wait: Callable[[object], object]) -> 
         return time.perf_counter() - start
 
     return batch
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    wait: Callable[[object], object],
+    repeats: int,
+    target_ms: float,
+    per_call: int = 1,
+) -> dict[str, Timings]:
+    """Timings of each call, all of them in turn, every round from another one on: a change of the device's clock falls
+    on all alike. A call does the work `per_call` times."""
+    batches = {name: wall_clock(call, wait) for name, call in calls.items()}
+    count = {name: repeat(batch, 1, target_ms).calls for name, batch in batches.items()}
+    names: list[str] = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(batches[name](count[name]) / (count[name] * per_call))
+    return {name: Timings(tuple(seconds[name]), count[name] * per_call) for name in names}
 
 
 def copies(touched_bytes: int, at_least: int, most: int = 8) -> int:
