@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
     config.model.moe.capacity_limits = ()  # any limits instead, ("expanded_drop:factor=1.5",): docs/limits.md
     config.model.moe.dispatcher = "local"  # local | ep | dense
     config.model.moe.ep_exchange = "auto"  # auto | padded | ragged | chunked
+    config.model.moe.ep_send = "auto"  # auto | pairs | tokens: what travels
     config.model.moe.ep_buffer_factor = 0.0  # 0: the worst case; rows as a multiple of an even share
     config.model.moe.ep_chunks = 2  # pieces of tokens for "chunked"
     config.model.moe.virtual_ranks = 1  # ranks that limits see on one device

@@ -1,7 +1,8 @@
 """Times the exchange of expert parallelism on the devices of one host, and a whole MoE layer by exchange.
 
     python -m experiments.ep_speed --output=ep.jsonl [--mib=64,256] [--exchanges=padded,ragged] [--factors=fit,0] \
-        [--chunks=2,4] [--parts=transfer,layer] [--dim=2048 --experts=64 --k=8 --expert_dim=1024 --tokens=8192]
+        [--send=pairs,tokens] [--chunks=2,4] [--parts=transfer,layer] [--dim=2048 --experts=64 --k=8] \
+        [--expert_dim=1024 --tokens=8192]
 
 All devices are ranks of one expert axis. Useful bytes are those of one device: its valid pairs x D x 2 (bfloat16). The
 unit of the transfers is a plain ``lax.all_to_all`` of as many bytes in the same process: a share of 1 is its speed.
@@ -12,6 +13,11 @@ unit of the transfers is a plain ``lax.all_to_all`` of as many bytes in the same
     With the gather of tokens into the buffer before, and the order by expert after.
 ``send``
     With the plan (one sort) and the exchange of counts too: all of the outward trip.
+``back``
+    The way back with the weighted sum, and without the plan.
+
+"pairs" and "tokens" say what travels (``moe.ep_send``). Useful bytes are those of pairs in either case: tokens, each
+sent once to a rank, deliver them with fewer, so that a share may be above 1.
 
 Routing is uniform, and drawn from Dirichlet(5) for the experts' popularity. A factor is ``moe.ep_buffer_factor``; "fit"
 is the smallest multiple of 1/64 at which nothing overflows, 0 the worst case. Each exchange is checked before it is
@@ -21,6 +27,7 @@ and combine is of the kernels' time in a profile of the devices; without device 
 
 import dataclasses
 import gzip
+import itertools
 import math
 import os
 import re
@@ -41,10 +48,11 @@ from experiments import session
 from kernels_pallas.rivals import timing
 from moejax import dispatch, moe, sharding
 from moejax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
-from moejax.dispatch import exchange, rows
+from moejax.dispatch import exchange
+from moejax.dispatch.expert_parallel import Plan, rows_by_rank
 from moejax.dispatch.shards import AXIS
 from moejax.results import ResultRow, append_rows
-from moejax.types import ExchangePlan, RouteContext, Routing
+from moejax.types import RouteContext, Routing
 
 PAPER, TABLE = "speed", "expert_parallelism"
 PARTS = ("route", "permute", "communicate", "experts", "combine", "other")
@@ -122,22 +130,25 @@ def on_ranks(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return call
 
 
-def programs(setting: Setting, config: MoEConfig, capacity: int, mesh: Mesh) -> dict[str, Callable[..., Any]]:
-    """What is timed of one exchange, and ``check``. All but ``plan`` take what it returned."""
+def programs(setting: Setting, config: MoEConfig, mesh: Mesh) -> dict[str, Callable[..., Any]]:
+    """What is timed of one exchange, ``plan``, which makes what some of it takes, and ``check``."""
     dispatcher = dispatch.ExpertParallel(config)
     move = exchange.TRANSPORTS[dispatcher.transport]
 
-    def plan(expert: jax.Array) -> ExchangePlan:
-        return dispatch.exchange_plan(table_of(expert, setting.experts), expert.shape[0], capacity)
+    def plan(expert: jax.Array) -> Plan:
+        return dispatcher.plan(table_of(expert, setting.experts), expert.shape[0])
 
-    def transfer(buffer: jax.Array, plan: ExchangePlan) -> jax.Array:
-        plan = jax.tree.map(lambda leaf: leaf[0], plan)
-        sent = jnp.sum(plan.home.group_sizes.reshape(plan.received.shape), axis=1)
-        return move(buffer, sent, jnp.sum(plan.received, axis=1), AXIS)
+    def mine(plan: Plan) -> Plan:
+        return jax.tree.map(lambda leaf: leaf[0], plan)
 
-    def packed(x: jax.Array, plan: ExchangePlan) -> jax.Array:
-        arrived = transfer(rows.dispatch(x, jax.tree.map(lambda leaf: leaf[0], plan.home)), plan)
-        return exchange.permuted(arrived, *exchange.by_expert(plan.received[0], capacity))
+    def transfer(buffer: jax.Array, plan: Plan) -> jax.Array:
+        return move(buffer, *rows_by_rank(mine(plan)), AXIS)
+
+    def packed(x: jax.Array, expert: jax.Array, plan: Plan) -> jax.Array:
+        return dispatcher.outward(x, table_of(expert, setting.experts), mine(plan))
+
+    def back(ys: jax.Array, expert: jax.Array, plan: Plan) -> jax.Array:
+        return dispatcher.homeward(ys, table_of(expert, setting.experts).weight, mine(plan), expert.shape[0])
 
     def send(x: jax.Array, expert: jax.Array) -> jax.Array:
         return dispatcher.send(x, table_of(expert, setting.experts))[0][0]
@@ -147,7 +158,8 @@ def programs(setting: Setting, config: MoEConfig, capacity: int, mesh: Mesh) -> 
         table = table_of(expert, setting.experts)
         ys, plans = dispatcher.send(x, table)
         back = dispatcher.give_back(ys, table.weight, plans, x.shape[0])
-        expected = (setting.k * x.astype(jnp.float32)).astype(x.dtype)  # the sum of k equal rows is exact in float32
+        # Sums of k equal rows are exact in float32; those of a rank's share of them have to be in bfloat16.
+        expected = (setting.k * x.astype(jnp.float32)).astype(x.dtype)
         named = dataclasses.replace(table, weight=expert % MARKS + 1.0)  # small enough for bfloat16
         marked, _ = dispatcher.send(jnp.ones_like(x[:, :8]), named, weigh=True)
         ends = jnp.cumsum(dispatcher.group_sizes(plans)[0])
@@ -156,7 +168,7 @@ def programs(setting: Setting, config: MoEConfig, capacity: int, mesh: Mesh) -> 
         wrong = (row < ends[-1]) & (marked[0][:, 0].astype(jnp.float32) != group % MARKS + 1)
         return jnp.sum(jnp.any(back != expected, axis=1)), jnp.sum(wrong), dispatcher.overflow(plans)
 
-    made = {"plan": plan, "transfer": transfer, "packed": packed, "send": send, "check": check}
+    made = {"plan": plan, "transfer": transfer, "packed": packed, "send": send, "back": back, "check": check}
     return {name: on_ranks(fn, mesh) for name, fn in made.items()}
 
 
@@ -171,9 +183,15 @@ def timed(setting: Setting, call: Callable[..., Any], *args: Any) -> timing.Timi
 
 
 def transfer_rows(
-    setting: Setting, mesh: Mesh, mib: int, names: list[str], factors: list[str], shared: dict[str, Any]
+    setting: Setting,
+    mesh: Mesh,
+    mib: int,
+    names: list[str],
+    sends: list[str],
+    factors: list[str],
+    shared: dict[str, Any],
 ) -> Iterator[ResultRow]:
-    """Rows of one payload: the yardstick, then each routing, exchange and factor."""
+    """Rows of one payload: the yardstick, then each routing, exchange, what travels, and factor."""
     ranks = mesh.size
     tokens = -(-mib * 2**20 // (2 * setting.dim * setting.k * ranks)) * ranks  # an even share is whole
     pairs, where = tokens * setting.k, NamedSharding(mesh, P(sharding.TOKEN_AXES))
@@ -198,46 +216,53 @@ def transfer_rows(
     for kind in KINDS:
         expert = routing_tables(kind, setting, tokens, ranks)
         placed = jax.device_put(expert, where)
-        for name in names:
-            for factor in factors:
-                fitted = fitting_factor(expert, setting, ranks) if factor == "fit" else float(factor)
-                config = setting.config(dispatcher="ep", ep_exchange=name, ep_buffer_factor=fitted)
-                label = f"{name}, {kind}, {'fits' if factor == 'fit' else factor}, {mib} MiB"
-                capacity = dispatch.buffer_rows(config, (tokens, setting.k), tokens, ranks)
-                extra = {"exchange": name, "routing": kind, "buffer_factor": fitted, "rows": ranks * capacity}
-                try:
-                    run = programs(setting, config, capacity, mesh)
-                    changed, wrong, lost = (int(np.sum(n)) for n in run["check"](x, placed))
-                    if lost:
-                        extra["overflow"] = lost
-                    elif changed or wrong:
-                        raise ConfigError(
-                            f"WRONG: {label}: {changed} tokens came back changed, {wrong} rows at a wrong expert; "
-                            "nothing was timed"
-                        )
-                    made, size = run["plan"](placed), (ranks * capacity, setting.dim)
-                    buffer = on_ranks(lambda x, size=size: jnp.resize(x, size), mesh)(x)
-                    buffer = dispatch.merge_shards(buffer)
-                    yield row(label, "transfer", timed(setting, run["transfer"], buffer, made), **extra)
-                    del buffer
-                    yield row(label, "packed", timed(setting, run["packed"], x, made), **extra)
-                    yield row(label, "send", timed(setting, run["send"], x, placed), **extra)
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
-                        raise
-                    yield row(label, "send", None, **extra, not_run="out of memory")
+        for name, sent, factor in itertools.product(names, sends, factors):
+            fitted = fitting_factor(expert, setting, ranks) if factor == "fit" else float(factor)
+            config = setting.config(dispatcher="ep", ep_exchange=name, ep_send=sent, ep_buffer_factor=fitted)
+            label = f"{name}, {sent}, {kind}, {'fits' if factor == 'fit' else factor}, {mib} MiB"
+            capacity = dispatch.buffer_rows(config, (tokens, setting.k), tokens, ranks)
+            travel = min(tokens, capacity) if sent == "tokens" else capacity
+            extra = {"exchange": name, "sent": sent, "routing": kind, "buffer_factor": fitted,
+                     "rows": ranks * capacity, "sent_rows": ranks * travel}  # fmt: skip
+            try:
+                run = programs(setting, config, mesh)
+                changed, wrong, lost = (int(np.sum(n)) for n in run["check"](x, placed))
+                if lost:
+                    extra["overflow"] = lost
+                elif changed or wrong:
+                    raise ConfigError(
+                        f"WRONG: {label}: {changed} tokens came back changed, {wrong} rows at a wrong expert; "
+                        "nothing was timed"
+                    )
+                made = run["plan"](placed)
+                buffer, ys = (
+                    dispatch.merge_shards(on_ranks(lambda x, n=n: jnp.resize(x, (n, setting.dim)), mesh)(x))
+                    for n in (ranks * travel, ranks * capacity)
+                )
+                yield row(label, "transfer", timed(setting, run["transfer"], buffer, made), **extra)
+                del buffer
+                yield row(label, "packed", timed(setting, run["packed"], x, placed, made), **extra)
+                yield row(label, "send", timed(setting, run["send"], x, placed), **extra)
+                yield row(label, "back", timed(setting, run["back"], ys, placed, made), **extra)
+                del ys
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                yield row(label, "send", None, **extra, not_run="out of memory")
 
 
 # --- the layer ------------------------------------------------------------------------------------
 
 
-def layer_settings(names: list[str], factors: list[str], chunks: list[int]) -> list[tuple[str, dict[str, Any]]]:
+def layer_settings(
+    names: list[str], sends: list[str], factors: list[str], chunks: list[int]
+) -> list[tuple[str, dict[str, Any]]]:
     """Label and config fields of each layer that is timed: weights gathered first, then each exchange."""
     found: list[tuple[str, dict[str, Any]]] = [("local, weights gathered", {"dispatcher": "local"})]
-    for factor in factors:
-        what = {"dispatcher": "ep", "ep_buffer_factor": factor}
-        found += [(f"{name}, {factor}", what | {"ep_exchange": name}) for name in names]
-        found += [(f"chunked {n}, {factor}", what | {"ep_exchange": "chunked", "ep_chunks": n}) for n in chunks]
+    for factor, sent in itertools.product(factors, sends):
+        what = {"dispatcher": "ep", "ep_buffer_factor": factor, "ep_send": sent}
+        found += [(f"{name}, {sent}, {factor}", what | {"ep_exchange": name}) for name in names]
+        found += [(f"chunked {n}, {sent}, {factor}", what | {"ep_exchange": "chunked", "ep_chunks": n}) for n in chunks]
     return found
 
 
@@ -372,6 +397,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     for name, default, text in (
         ("mib", ["64"], "Useful MiB of each device."),
         ("exchanges", ["padded"], "Transports: padded, ragged."),
+        ("send", ["pairs", "tokens"], "What travels: pairs, tokens."),
         ("factors", ["fit", "0"], "Buffer factors: fit, 0 (the worst case) or a number."),
         ("chunks", ["2"], "Pieces of the layers that are chunked."),
         ("parts", ["transfer", "layer"], "What to measure."),
@@ -405,9 +431,9 @@ def command(values: flags.FlagValues) -> int:
     def measured() -> Iterator[ResultRow]:
         if "transfer" in values.parts:
             for mib in values.mib:
-                yield from transfer_rows(setting, mesh, int(mib), values.exchanges, values.factors, shared)
+                yield from transfer_rows(setting, mesh, int(mib), values.exchanges, values.send, values.factors, shared)
         if "layer" in values.parts:
-            wanted = layer_settings(values.exchanges, values.factors, [int(n) for n in values.chunks])
+            wanted = layer_settings(values.exchanges, values.send, values.factors, [int(n) for n in values.chunks])
             yield from layer_rows(setting, mesh, wanted, shared, Path(values.profile) if values.profile else None)
 
     for row in measured():
@@ -432,9 +458,10 @@ def check_flags(values: flags.FlagValues, devices: int) -> None:
         if name not in exchange.TRANSPORTS:
             raise ConfigError(f"--exchanges={name}: choose of {', '.join(exchange.TRANSPORTS)}")
         exchange.resolve(name)
-    for name in values.parts:
-        if name not in ("transfer", "layer"):
-            raise ConfigError(f"--parts={name}: choose of transfer, layer")
+    for flag, known in (("parts", ("transfer", "layer")), ("send", ("pairs", "tokens"))):
+        for name in getattr(values, flag):
+            if name not in known:
+                raise ConfigError(f"--{flag}={name}: choose of {', '.join(known)}")
     for flag in ("mib", "chunks"):
         for text in getattr(values, flag):
             if not text.isdigit() or not int(text):

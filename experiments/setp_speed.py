@@ -3,8 +3,8 @@
     python -m experiments.setp_speed --output=setp.jsonl [--tensor=2] [--mib=1,4,16,64] [--factor=fit] \
         [--measure=collectives,trip,layer] [--experts=64 --k=8 --dim=2048 --expert_dim=1024 --tokens=8192] [--tiny]
 
-R devices are EP groups times TP = ``--tensor``; each has tokens of its own. Three ways to bring them to all parts of
-their experts and back:
+R devices are EP groups times TP = ``--tensor``; each has tokens of its own. Ways to bring them to all parts of their
+experts and back:
 
 ``ETP``
     As the paper has it: all-to-all over the EP groups and all-gather over the TP devices of one; the experts, each
@@ -15,6 +15,9 @@ their experts and back:
 ``S-ETP``
     Each pair as TP pairs, one for each part of its expert, and one all-to-all over all R devices each way. Parts stand
     apart (``moe.part_order="part"``), so that a device holds what it holds in ETP.
+``S-ETP, tokens``
+    The same with each token sent once to each device that has parts for it, and one sum of theirs back
+    (``moe.ep_send="tokens"``; not in the paper).
 
 ``collectives`` are those of rows alone, from buffer to buffer and back; ``trip`` has plan, counts, packing and the
 weighted sum too; both without experts. Bandwidth is the paper's: bytes of the tokens that a device has (``--mib``;
@@ -45,7 +48,7 @@ from experiments.ep_speed import FITS, Setting, placed_layer, routing_tables, ta
 from kernels_pallas.dispatch import default_platform
 from kernels_pallas.rivals import timing
 from moejax import dispatch, partition, sharding
-from moejax.config import ConfigError, MeshConfig
+from moejax.config import ConfigError, MeshConfig, MoEConfig
 from moejax.dispatch.shards import AXIS
 from moejax.plan.compiled import collective_bytes
 from moejax.results import ResultRow, append_rows
@@ -54,7 +57,7 @@ from moejax.types import RouteContext, Routing
 PAPER, TABLE = "dualsparse", "s-etp"
 TENSOR = "data"
 """Mesh axis of a group's TP devices in ETP: each has tokens of its own, which is what the axis ``data`` is."""
-WAYS = ("ETP", "ETP, tokens first", "S-ETP")
+WAYS = ("ETP", "ETP, tokens first", "S-ETP", "S-ETP, tokens")
 MEASURES = ("collectives", "trip", "layer")
 PUBLISHED = {(4, 2): (1.030, 1.299), (2, 4): (1.092, 1.152)}
 """S-ETP over ETP by (EP, TP) on 8 H20, over input sizes: section 5 of the paper."""
@@ -79,7 +82,7 @@ class Grid:
 
     def mesh(self, way: str) -> Mesh:
         """With the token axes of a way; the first axis runs slowest, so a device has the same tokens in each."""
-        soft = way == "S-ETP"
+        soft = way.startswith("S-ETP")
         config = MeshConfig(data=1, expert=self.ranks) if soft else MeshConfig(data=self.tensor, expert=self.groups)
         return sharding.make_mesh(config, jax.devices()[: self.ranks])
 
@@ -130,12 +133,18 @@ def compiled(fn: Callable[..., Any], mesh: Mesh, args: tuple[Any, ...]) -> Any:
         return jax.jit(run).lower(*args).compile()
 
 
+def config_of(setting: Setting, grid: Grid, way: str, factor: float) -> MoEConfig:
+    """Of the layer's dispatcher."""
+    sent = "tokens" if way == "S-ETP, tokens" else "pairs"
+    parts = grid.in_parts if way.startswith("S-ETP") else {}
+    return setting.config(dispatcher="ep", ep_send=sent, ep_buffer_factor=factor, **parts)
+
+
 def round_trip(setting: Setting, grid: Grid, way: str, factor: float, check: bool) -> Callable[..., Any]:
     """``(x, experts of each token) -> (what comes back, overflow)``. Only ``check`` has something in the experts'
     place."""
-    soft = way == "S-ETP"
-    config = setting.config(dispatcher="ep", ep_buffer_factor=factor, **(grid.in_parts if soft else {}))
-    dispatcher = dispatch.ExpertParallel(config)
+    soft = way.startswith("S-ETP")
+    dispatcher = dispatch.ExpertParallel(config_of(setting, grid, way, factor))
 
     def work(rows: jax.Array, sizes: jax.Array) -> jax.Array:
         return pretend(grid, rows, sizes, None if soft else jax.lax.axis_index(TENSOR)) if check else rows
@@ -178,7 +187,7 @@ def collectives(way: str) -> Callable[..., Any]:
             held = jax.lax.optimization_barrier(jax.lax.all_gather(exchanged(buffer), TENSOR, tiled=True))
             return exchanged(jax.lax.psum_scatter(held, TENSOR, tiled=True))
         back = exchanged(jax.lax.optimization_barrier(exchanged(buffer)))
-        if way == "S-ETP":
+        if way.startswith("S-ETP"):
             return back
         x = jax.lax.optimization_barrier(jax.lax.all_gather(x, TENSOR, tiled=True))
         return back, jax.lax.psum_scatter(x, TENSOR, tiled=True)
@@ -188,19 +197,19 @@ def collectives(way: str) -> Callable[..., Any]:
 
 def buffer_size(setting: Setting, grid: Grid, way: str, factor: float, tokens: int) -> int:
     """Rows of a device's send buffer."""
-    soft = way == "S-ETP"
-    ranks = grid.ranks if soft else grid.groups
+    config = config_of(setting, grid, way, factor)
+    ranks = grid.ranks if config.parts > 1 else grid.groups
     tokens *= grid.tensor if way == "ETP, tokens first" else 1
-    config = setting.config(ep_buffer_factor=factor, **(grid.in_parts if soft else {}))
     table = (tokens, setting.k * config.parts)
-    return ranks * dispatch.buffer_rows(config, table, tokens, ranks, config.stored_experts, config.parts)
+    capacity = dispatch.buffer_rows(config, table, tokens, ranks, config.stored_experts, config.parts)
+    return ranks * (min(tokens, capacity) if dispatch.sends_tokens(config, tokens, capacity) else capacity)
 
 
 def wire_bytes(setting: Setting, grid: Grid, way: str, rows: int, tokens: int) -> int:
-    """Bytes that a device sends in both directions together, padding too, by rings; counts apart. ``rows``: of its
-    send buffer."""
+    """Bytes that a device sends in both directions together, padding too, by rings; counts, places and gate weights
+    apart. ``rows``: of its send buffer."""
     of_tensor = grid.tensor - 1
-    if way == "S-ETP":
+    if way.startswith("S-ETP"):
         sent = rows * (grid.ranks - 1) / grid.ranks
     else:
         sent = rows * (grid.groups - 1) / grid.groups + of_tensor * (rows if way == "ETP" else tokens)
@@ -304,9 +313,11 @@ def bandwidth_rows(
 
 def layer_rows(setting: Setting, grid: Grid, shared: dict[str, Any]) -> Iterator[ResultRow]:
     """A whole layer's forward pass on equal tokens: on the mesh axis ``model``, and with parts."""
+    soft = MeshConfig(data=1, expert=grid.ranks)
     meshes: dict[str, tuple[MeshConfig, dict[str, Any]]] = {
         "ETP by the mesh axis model": (MeshConfig(data=1, expert=grid.groups, model=grid.tensor), {}),
-        "S-ETP": (MeshConfig(data=1, expert=grid.ranks), grid.in_parts),
+        "S-ETP": (soft, grid.in_parts | {"ep_send": "pairs"}),
+        "S-ETP, tokens": (soft, grid.in_parts | {"ep_send": "tokens"}),
     }
     x = np.random.default_rng(0).standard_normal((grid.ranks, setting.tokens, setting.dim), np.float32)
     made, calls, expected = {}, {}, None

@@ -168,6 +168,32 @@ class ExchangePlan:
 
 
 @pytree
+class TokenExchangePlan:
+    """As :class:`ExchangePlan`, where a token travels once to each rank that has experts for it, and becomes the rows
+    of its pairs there. The buffers of tokens have ``ranks * S`` rows, S for each rank; those of pairs, ``P = ranks *
+    C``, hold where each pair's row is and its gate weight, and no row."""
+
+    pairs: ExchangePlan
+    tokens: DispatchPlan
+    """Of the send buffer: its rows are tokens, its "experts" ranks, ``row_of_pair`` is ``[T, ranks]``."""
+    arrived: Int[Array, "ranks"]
+    """Tokens that came from each rank."""
+    rows: DispatchPlan
+    """From received tokens to the rows of this rank's experts, in order of expert: a token has W pairs here."""
+    pair_of_place: Int[Array, "P"]
+    """Flat pair of ``rows`` (``token * W + j``) of each place of the received buffer of pairs; out of bounds where it
+    holds none."""
+
+    @property
+    def home(self) -> DispatchPlan:
+        return self.pairs.home
+
+    @property
+    def received(self) -> Int[Array, "ranks e"]:
+        return self.pairs.received
+
+
+@pytree
 class ExpertWeights:
     """Weights of the experts of one layer. ``gate`` is None for activations without a gate."""
 
@@ -277,7 +303,7 @@ class InFlight:
     xs: Float[Array, "P D"] | tuple[Float[Array, "P D"], ...]
     """Rows on their way to the experts, or the experts' outputs after ``compute``. Under expert parallelism one array,
     and one plan, for each piece of tokens that travels on its own."""
-    plan: DispatchPlan | tuple[ExchangePlan, ...]
+    plan: DispatchPlan | tuple[ExchangePlan | TokenExchangePlan, ...]
     weight: Float[Array, "R K"]
     metrics: MoEMetrics
     record: RoutingRecord | None = None

@@ -164,12 +164,17 @@ def _check_ranks(moe: MoEConfig) -> None:
     _check_divides(moe, f"moe.virtual_ranks={moe.virtual_ranks}", moe.virtual_ranks)
     limits.check_ranks(limits.of_config(moe), moe, moe.virtual_ranks)
     if moe.dispatcher != "ep":
-        for name, default in (("ep_exchange", "auto"), ("ep_buffer_factor", 0.0)):
+        for name, default in (("ep_exchange", "auto"), ("ep_send", "auto"), ("ep_buffer_factor", 0.0)):
             if getattr(moe, name) != default:
                 raise ConfigError(
                     f"moe.{name}={getattr(moe, name)!r} is a setting of moe.dispatcher='ep', and that is "
                     f"{moe.dispatcher!r}, which exchanges nothing: set it to 'ep', or {name}={default!r}"
                 )
+    if moe.ep_send == "tokens" and not routing.FAMILIES[moe.router.name].causal:
+        raise ConfigError(
+            f"moe.ep_send='tokens' sends each token once, and with router.name={moe.router.name!r} experts choose, so "
+            "that nothing bounds how many pairs a token has: choose 'pairs' or 'auto'"
+        )
     if moe.ep_exchange == "chunked" and not routing.FAMILIES[moe.router.name].causal:
         raise ConfigError(
             f"moe.ep_exchange='chunked' cuts tokens into pieces, and with router.name={moe.router.name!r} experts "

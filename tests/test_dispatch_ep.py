@@ -75,9 +75,10 @@ def mesh_of(sizes, axis_types=AUTO):
 
 T = 24
 EXCHANGES = {
-    "padded": {},
+    "pairs": {"ep_send": "pairs"},
+    "tokens": {"ep_send": "tokens"},
     "chunked 2": {"ep_exchange": "chunked", "ep_chunks": 2},
-    "chunked 3": {"ep_exchange": "chunked", "ep_chunks": 3},  # of 4 tokens: 1, 1 and 2
+    "chunked 3": {"ep_exchange": "chunked", "ep_chunks": 3, "ep_send": "pairs"},  # of 4 tokens: 1, 1 and 2
 }
 
 
@@ -146,9 +147,10 @@ def config(**moe):
 
 
 GRID = [
-    ((1, 8, 1), "padded", "explicit"),
+    ((1, 8, 1), "pairs", "explicit"),
     ((2, 4, 1), "chunked 3", "auto"),
-    ((4, 2, 1), "padded", "auto"),
+    ((4, 2, 1), "tokens", "auto"),
+    ((1, 8, 1), "tokens", "explicit"),
 ]
 ALL = itertools.product([(4, 2, 1), (2, 4, 1), (1, 8, 1), (1, 2, 1), (1, 4, 2)], EXCHANGES, ["auto", "explicit"])
 GRIDS = [*GRID, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in GRID)]
@@ -251,7 +253,7 @@ def check(made, router="topk", mesh=None, ranks=1):
             raise AssertionError(name) from error
 
 
-LAYERS = [((2, 2, 2), "padded", "auto")]
+LAYERS = [((2, 2, 2), "tokens", "auto")]
 ALL_LAYERS = itertools.product([(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)], EXCHANGES, ["auto", "explicit"])
 MESHES = [*LAYERS, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_LAYERS if case not in LAYERS)]
 
@@ -292,10 +294,12 @@ def collectives(made, sizes):
     return {name: text.count(f" {name}(") for name in ("all-gather", "all-to-all", "all-reduce")}
 
 
-def test_tokens_travel_and_no_weight_does():
-    found = collectives(layer(dispatcher="ep"), (1, 2, 1))
+@pytest.mark.parametrize(("sent", "exchanges"), [("pairs", 3), ("tokens", 4)])
+def test_rows_travel_and_no_weight_does(sent, exchanges):
+    """Counts (and the places of pairs), rows out, rows back; where tokens travel, gate weights too."""
+    found = collectives(layer(dispatcher="ep", ep_send=sent), (1, 2, 1))
     assert found["all-gather"] == 0
-    assert found["all-to-all"] == 3  # counts, rows out, rows back
+    assert found["all-to-all"] == exchanges
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------
@@ -317,10 +321,10 @@ def test_plans_equal_a_loop_over_pairs(ranks, k, capacity):
     made = routings(ranks, k, skew=0.4, drop=0.2, masked=3)
 
     def on_rank(made):
-        plan = expert_parallel.exchange_plan(made, TOKENS, capacity)
+        plan = dispatch.exchange_plan(made, TOKENS, capacity)
         rank = jax.lax.axis_index("expert")
         ids = jnp.where(plan.home.pair_of_row < TOKENS * k, rank * TOKENS * k + plan.home.pair_of_row, -1)[:, None]
-        arrived = exchange.padded(ids, *expert_parallel._rows_by_rank(plan), "expert")
+        arrived = exchange.padded(ids, *expert_parallel.rows_by_rank(plan), "expert")
         place_of_row, row_of_place = exchange.by_expert(plan.received, capacity)
         ordered = exchange.take(arrived + 1, place_of_row)[:, 0] - 1
         return plan, ordered, place_of_row, row_of_place
@@ -356,6 +360,64 @@ def test_plans_equal_a_loop_over_pairs(ranks, k, capacity):
             rank * e : (rank + 1) * e
         ].tolist()  # fmt: skip
     assert capacity > 3 or plan.home.overflow.sum() > 0
+
+
+def fields_of(dispatcher, table):
+    """What experts are given of each pair's row (token, expert, gate weight), what is lost, and what comes back."""
+    token = jnp.arange(table.expert.shape[0]) + table.expert.shape[0] * jax.lax.axis_index("expert")
+    x = jnp.broadcast_to(token.astype(jnp.float32)[:, None], (token.shape[0], DIM))
+    rows, plans = dispatcher.send(x, table)
+    weighed, _ = dispatcher.send(jnp.ones_like(x), table, weigh=True)
+    sizes = dispatcher.group_sizes(plans)
+    held = jnp.arange(rows[0].shape[0]) < jnp.sum(sizes[0])
+    ys = jnp.where(held[:, None], rows[0], jnp.nan)
+    back = dispatcher.give_back((ys,), table.weight, plans, x.shape[0])
+    ordered, weights = (jnp.where(held, a[0][:, 0], -1) for a in (rows, weighed))
+    return ordered, weights, sizes, dispatcher.overflow(plans), dispatcher.sent(table, plans).valid, back
+
+
+@pytest.mark.parametrize(
+    ("ranks", "k", "factor"), [(2, 3, 0.0), (4, 3, 1.0), pytest.param(8, 2, 0.5, marks=pytest.mark.slow)]
+)
+def test_tokens_become_the_rows_that_pairs_are(ranks, k, factor):
+    """The same pairs, bit for bit the same rows in the same order with the same weights; sums of another order."""
+    made = routings(ranks, k, skew=0.4, drop=0.2, masked=3)
+    dispatchers = [dispatch.ExpertParallel(config(ep_send=s, ep_buffer_factor=factor)) for s in ("pairs", "tokens")]
+    run = jax.jit(jax.vmap(lambda t: [fields_of(d, t) for d in dispatchers], axis_name="expert"))
+    (*pairs, sums), (*tokens, other) = jax.device_get(run(made))
+    jax.tree.map(np.testing.assert_array_equal, pairs, tokens)
+    np.testing.assert_allclose(other, sums, rtol=1e-6, atol=1e-6)
+    assert (pairs[3].sum() > 0) == bool(factor)
+    assert (pairs[0] >= 0).sum() > ranks * TOKENS  # more rows than tokens
+
+
+def test_tokens_travel_where_that_reserves_fewer_rows():
+    def sent(factor, ranks, **moe):
+        c = config(ep_buffer_factor=factor, **moe)
+        return dispatch.sends_tokens(c, 64, dispatch.buffer_rows(c, (64, 2), 64, ranks))
+
+    assert sent(0.0, 2)  # 128 pairs for a rank, of 64 tokens
+    assert not sent(1.0, 2)  # 64
+    assert not sent(0.0, 8)  # one expert a rank
+    assert not sent(0.0, 2, ep_send="pairs")
+    assert sent(1.0, 8, ep_send="tokens")
+    assert not dispatch.sends_tokens(config(), 64, 128, by_token=False)  # where experts choose, rows are pairs
+
+
+def test_more_pairs_of_a_token_for_a_rank_than_it_has_experts_are_overflow():
+    """No router or limit here makes such a table."""
+    ones = np.ones((TOKENS, 3))
+    made = table(np.zeros((TOKENS, 3)) + [0, 0, 0], ones, ones, ones, EXPERTS)  # e = 2 on four ranks: one too many
+
+    def on_rank(made):
+        dispatcher = dispatch.ExpertParallel(config(ep_send="tokens"))
+        _, plans = dispatcher.send(jnp.ones((TOKENS, DIM)), made)
+        return dispatcher.overflow(plans), dispatcher.sent(made, plans).valid
+
+    ranks = jax.tree.map(lambda a: jnp.stack([a] * 4), made)
+    overflow, valid = jax.jit(jax.vmap(on_rank, axis_name="expert"))(ranks)
+    assert overflow.tolist() == [TOKENS] * 4
+    assert np.asarray(valid).sum(-1).tolist() == [[2] * TOKENS] * 4
 
 
 def test_buffers_hold_the_worst_case_or_the_factor():

@@ -27,7 +27,10 @@ def test_a_transfer_is_a_share_of_the_plain_one(tmp_path: Path, monkeypatch: pyt
     assert run(output, "--parts=transfer", "--factors=fit") == 0
     plain, *rows = read_rows(output)
     assert plain.value == 1.0
-    assert [row.metric.partition("/")[2] for row in rows] == ["transfer", "packed", "send"]
+    assert [row.metric.partition("/")[2] for row in rows] == ["transfer", "packed", "send", "back"] * 2
+    assert [row.extra["sent"] for row in rows] == ["pairs"] * 4 + ["tokens"] * 4
+    assert {row.extra["sent_rows"] == row.extra["rows"] for row in rows[:4]} == {True}
+    assert {row.extra["sent_rows"] for row in rows[4:]} == {rows[4].extra["pairs"]}  # k = 2 of 2 ranks: t rows to each
     for row in rows:
         extra = row.extra
         assert extra["useful_bytes"] == 2 * extra["pairs"] * 64 == 2**20
@@ -39,8 +42,8 @@ def test_a_transfer_is_a_share_of_the_plain_one(tmp_path: Path, monkeypatch: pyt
 def test_a_wrong_exchange_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setitem(exchange.TRANSPORTS, "padded", lambda buffer, *rest: exchange.padded(buffer, *rest)[::-1])
     output = tmp_path / "rows.jsonl"
-    assert run(output, "--parts=transfer", "--factors=0") == 2
-    assert "WRONG: padded, uniform, 0, 1 MiB" in capsys.readouterr().err
+    assert run(output, "--parts=transfer", "--factors=0", "--send=pairs") == 2
+    assert "WRONG: padded, pairs, uniform, 0, 1 MiB" in capsys.readouterr().err
     assert len(read_rows(output)) == 1  # the yardstick
 
 
@@ -50,7 +53,8 @@ def test_a_layer_is_timed_by_each_exchange(tmp_path: Path):
     assert run(output, "--parts=layer", "--factors=fit") == 0
     rows = read_rows(output)
     assert [row.row for row in rows] == [
-        "layer, local, weights gathered", "layer, padded, fit", "layer, chunked 2, fit",
+        "layer, local, weights gathered", "layer, padded, pairs, fit", "layer, chunked 2, pairs, fit",
+        "layer, padded, tokens, fit", "layer, chunked 2, tokens, fit",
     ]  # fmt: skip
     for row in rows:
         assert row.value > 0 and row.extra["error"] < 5e-3 and row.extra["overflow"] == 0
@@ -104,6 +108,7 @@ def test_a_profile_is_split_by_named_scopes():
         (["--exchanges=fast"], "--exchanges=fast: choose of padded, ragged"),
         (["--factors=-1"], "--factors=-1: give 'fit', 0 or a positive number"),
         (["--parts=all"], "--parts=all: choose of transfer, layer"),
+        (["--send=rows"], "--send=rows: choose of pairs, tokens"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys, arguments: list[str], message: str):

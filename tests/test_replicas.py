@@ -24,15 +24,15 @@ def mesh_of(data: int, expert: int) -> jax.sharding.Mesh:
 @pytest.mark.parametrize("dispatcher", ["local", "ep"])
 def test_logits_are_those_of_the_model_bit_for_bit(dispatcher: str):
     """On 8 devices, whatever the model's own dispatcher; layers of one group that stand stacked have copies of their
-    own."""
-    model, mesh = fakes.small_model(moe={"dispatcher": dispatcher}), mesh_of(2, 4)
+    own. Pairs travel: sums of ranks would depend on which rank has the copy that a pair goes to."""
+    model, mesh = fakes.small_model(moe={"dispatcher": dispatcher, "ep_send": "pairs"}), mesh_of(2, 4)
     tokens = fakes.tokens(8, 6)
     run = jax.jit(lambda model, tokens: (lambda out: (out.logits, out.metrics.computed))(model(tokens)))
     with quick_compilation(), jax.set_mesh(mesh):
         copied = replicas.with_copies(model, LOADS, mesh, extra=2)
         (layer, numbers), *_ = replicas.moe_layers(copied)
         (placement,) = layer.transforms
-        plain = fakes.small_model(moe={"dispatcher": "ep"})
+        plain = fakes.small_model(moe={"dispatcher": "ep", "ep_send": "pairs"})
         expected, loads = jax.device_get(run(plain, tokens))
         got, by_slot = jax.device_get(run(copied, tokens))
     np.testing.assert_array_equal(got, expected)

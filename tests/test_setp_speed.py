@@ -21,6 +21,7 @@ COUNTS = {
     "ETP": {"all-gather": 2, "all-to-all": 3, "reduce-scatter": 1},  # rows out, rows back, and counts of rows
     "ETP, tokens first": {"all-gather": 2, "all-to-all": 3, "reduce-scatter": 1},  # the second: experts of each token
     "S-ETP": {"all-to-all": 3},
+    "S-ETP, tokens": {"all-to-all": 4},  # gate weights too
 }
 
 
@@ -34,7 +35,7 @@ def run(output: Path, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("groups", "tensor", "ways"),
     [
-        (4, 2, ("ETP", "S-ETP")),
+        (4, 2, ("ETP", "S-ETP", "S-ETP, tokens")),
         pytest.param(4, 2, setp_speed.WAYS, marks=pytest.mark.slow),
         pytest.param(2, 4, setp_speed.WAYS, marks=pytest.mark.slow),
     ],
@@ -45,7 +46,7 @@ def test_what_each_way_sends(groups: int, tensor: int, ways: tuple[str, ...]):
     grid = setp_speed.Grid(groups, tensor, 8)
     expert = routing_tables("uniform", setting, TOKENS, 8)
     x = jax.ShapeDtypeStruct((8 * TOKENS, 16), jnp.float32)
-    sent = {}
+    sent, pairs_of = {}, {}
     for way in ways:
         factor = setp_speed.fitted(expert, grid, way)
         with quick_compilation():
@@ -55,13 +56,16 @@ def test_what_each_way_sends(groups: int, tensor: int, ways: tuple[str, ...]):
         text = made.as_text()
         assert setp_speed.counted(text) == COUNTS[way], way
         rows = setp_speed.buffer_size(setting, grid, way, factor, TOKENS)
+        pairs_of[way] = rows
         sent[way] = setp_speed.wire_bytes(setting, grid, way, rows, TOKENS)
         found, unknown = collective_bytes(text)
-        ranks, ids = (8, 8 * tensor) if way == "S-ETP" else (groups, 8)
+        ranks, ids = (8, 8 * tensor) if way.startswith("S-ETP") else (groups, 8)
         counts = 4 * ids * (ranks - 1) / ranks  # of the rows for each expert, int32
         from_text = found["all-to-all"] * (ranks - 1) / ranks - counts
         # A result of all devices' arrays, of which one's own is not sent; a result that all others' parts are added to.
         from_text += (found.get("all-gather", 0) / tensor + found.get("reduce-scatter", 0)) * (tensor - 1)
+        if way == "S-ETP, tokens":  # a place and a weight for each pair, and the number of tokens
+            from_text -= (2 * 4 * pairs_of["S-ETP"] + 4 * ranks) * (ranks - 1) / ranks
         if way == "ETP":
             from_text -= 4 * 8 / groups * (tensor - 1)  # sizes of a group's experts
         if way == "ETP, tokens first":
@@ -84,7 +88,7 @@ def test_rows_are_written_for_each_way(tmp_path: Path, monkeypatch: pytest.Monke
         assert row.value == pytest.approx(extra["input_bytes"] / extra["median_ms"] / 1e6)
         assert extra["input_bytes"] == 4 * 64 * extra["tokens"] and extra["type"] == "float32"
         expected = dict(zip(("all-gather", "all-to-all", "reduce-scatter"), (1, 2, 1), strict=True))
-        assert extra["collectives"] == (expected if row is not rows[2] else {"all-to-all": 2})
+        assert extra["collectives"] == ({"all-to-all": 2} if row.row.startswith("S-ETP") else expected)
     assert rows[0].extra["times_as_fast"] == 1 and rows[0].extra["wire_bytes"] == rows[2].extra["wire_bytes"]
 
 

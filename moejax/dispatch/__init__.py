@@ -13,8 +13,9 @@ A dispatcher (seam 4) is chosen by ``moe.dispatcher``:
     one device on that axis it is ``local``.
 
 It ``send``s tokens as rows in order of expert, and ``give``s ``back`` what experts made of them. ``plans`` says where
-every pair goes, ``rows`` gathers and sums, ``exchange`` moves rows between ranks, ``expert_parallel`` joins them;
-``ranks`` is what limits see of all this; ``shards`` is the only place of the project that enters ``jax.shard_map``.
+every pair goes, ``rows`` gathers and sums (``wide``: over many columns of which few are valid), ``exchange`` moves rows
+between ranks, ``expert_parallel`` joins them; ``ranks`` is what limits see of all this; ``shards`` is the only place of
+the project that enters ``jax.shard_map``.
 
 Letters: T tokens, D model, R routing rows, K choices per row, P rows for the experts, E experts.
 """
@@ -25,7 +26,8 @@ from jaxtyping import Array, Float
 
 from moejax.config import MoEConfig
 from moejax.dispatch.exchange import resolve
-from moejax.dispatch.expert_parallel import ExpertParallel, buffer_rows, exchange_plan, pieces
+from moejax.dispatch.exchange_plans import exchange_plan
+from moejax.dispatch.expert_parallel import ExpertParallel, buffer_rows, most_of_rank, pieces, sends_tokens
 from moejax.dispatch.one_rank import OneRank
 from moejax.dispatch.plans import PLANS, dense_plan, local_plan
 from moejax.dispatch.ranks import decide, merged, whole_experts
@@ -36,8 +38,8 @@ from moejax.types import DispatchPlan, Routing
 __all__ = [
     "DISPATCHERS", "PLANS", "DispatchPlan", "Dispatcher", "ExpertParallel", "OneRank", "buffer_rows", "combine",
     "decide", "dense_plan", "dispatch", "emulated", "exchange_plan", "expert_ranks", "in_force", "local_plan",
-    "merge_shards", "merged", "per_shard", "pieces", "resolve", "shard_index", "token_shards", "unchanged",
-    "weighted_rows", "whole_experts",
+    "merge_shards", "merged", "most_of_rank", "per_shard", "pieces", "resolve", "sends_tokens", "shard_index",
+    "token_shards", "unchanged", "weighted_rows", "whole_experts",
 ]  # fmt: skip
 
 DISPATCHERS = (*PLANS, "ep")

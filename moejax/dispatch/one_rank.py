@@ -23,7 +23,7 @@ class OneRank:
         """Rows in order of expert, and the plan. ``weigh``: rows times their gate weight."""
         plan = PLANS[self.backend](routing, x.shape[0])
         xs = rows.dispatch(x, plan, backend=self.backend)
-        return rows.weighted_rows(xs, routing, plan, backend=self.backend) if weigh else xs, plan
+        return rows.weighted_rows(xs, routing.weight, plan, backend=self.backend) if weigh else xs, plan
 
     def group_sizes(self, plan: DispatchPlan) -> Int[Array, "... E"]:
         return plan.group_sizes

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import Implementation
 from kernels_pallas.gather_rows import combine_rows, gather_rows
+from moejax.dispatch import wide
 from moejax.routing import computing
 from moejax.types import DispatchPlan, Routing
 
@@ -28,10 +29,10 @@ def dispatch(x: Float[Array, "T D"], plan: DispatchPlan, *, backend: str = "loca
 
 
 def weighted_rows(
-    xs: Float[Array, "P D"], routing: Routing, plan: DispatchPlan, *, backend: str = "local"
+    xs: Float[Array, "P D"], weight: Float[Array, "R K"], plan: DispatchPlan, *, backend: str = "local"
 ) -> Float[Array, "P D"]:
     """Each row times the gate weight of its pair (Llama 4 weighs what goes into an expert). Rows without one: 0."""
-    weight = routing.weight.astype(jnp.float32)
+    weight = weight.astype(jnp.float32)
     if backend == "dense":  # row e T + t, whether or not t chose e: combine reads the pairs' rows only
         of_row = jnp.zeros(xs.shape[0]).at[plan.row_of_pair.reshape(-1)].set(weight.reshape(-1), mode="drop")
     else:
@@ -61,6 +62,11 @@ def combine(
     return _combine(ys, weight, plan.token_of_row, plan.row_of_pair, plan.pair_of_row)
 
 
+def summed(ys: Float[Array, "P D"], plan: DispatchPlan) -> Float[Array, "T D"]:
+    """:func:`combine` with weights of 1, whose gradient needs none of ``ys``; a row of ``plan`` is a token."""
+    return _summed(ys, plan.token_of_row, plan.row_of_pair)
+
+
 def take(x: Array, index: Array) -> Array:
     """Rows of ``x``, written out; zeros where the index is out of bounds."""
     return gather_rows(x, index, implementation=GATHER) if x.ndim == 2 and index.ndim == 1 else _read(x, index)
@@ -72,6 +78,8 @@ def _read(x: Array, index: Array) -> Array:
 
 
 def _weighted_sum(ys: Array, weight: Array, row_of_pair: Array) -> Array:
+    if wide.pays(ys.shape[0], *row_of_pair.shape):
+        return wide.wide_sum(ys, weight, row_of_pair)
     return combine_rows(ys, row_of_pair, weight, implementation=COMBINE)
 
 
@@ -85,11 +93,25 @@ def _dispatch_fwd(x: Array, token_of_row: Array, row_of_pair: Array) -> tuple[Ar
 
 
 def _dispatch_bwd(row_of_pair: Array, dxs: Array) -> tuple[Array, None, None]:
-    ones = jnp.ones_like(dxs, jnp.float32, shape=row_of_pair.shape)
-    return _weighted_sum(dxs, ones, row_of_pair), None, None
+    return _sum(dxs, row_of_pair), None, None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+def _sum(ys: Array, row_of_pair: Array) -> Array:
+    return _weighted_sum(ys, jnp.ones_like(ys, jnp.float32, shape=row_of_pair.shape), row_of_pair)
+
+
+@jax.custom_vjp
+def _summed(ys: Float[Array, "P D"], token_of_row: Int[Array, "P"], row_of_pair: Int[Array, "T K"]) -> Array:
+    return _sum(ys, row_of_pair)
+
+
+_summed.defvjp(
+    lambda ys, token_of_row, row_of_pair: (_sum(ys, row_of_pair), token_of_row),
+    lambda token_of_row, dy: (take(dy, token_of_row), None, None),
+)
 
 
 @jax.custom_vjp
@@ -104,12 +126,17 @@ def _combine_fwd(ys: Array, weight: Array, token_of_row: Array, row_of_pair: Arr
 def _combine_bwd(saved: tuple, dy: Array) -> tuple:
     ys, weight, token_of_row, row_of_pair, pair_of_row = saved
     weight_of_row = _read(weight.reshape(-1), pair_of_row).astype(jnp.float32)
-    dys = (weight_of_row[:, None] * _read(dy, token_of_row).astype(jnp.float32)).astype(ys.dtype)
-    dweight = [
-        jnp.sum(_read(ys, row_of_pair[:, k]).astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
-        for k in range(weight.shape[1])
-    ]
-    return dys, jnp.stack(dweight, axis=1).astype(weight.dtype), None, None, None
+    dy_of_row = _read(dy, token_of_row).astype(jnp.float32)
+    dys = (weight_of_row[:, None] * dy_of_row).astype(ys.dtype)
+    if weight.shape[1] > wide.NARROW:  # a product for each row, not for each column: few programs, and P instead of T K
+        dweight = _read(jnp.sum(ys.astype(jnp.float32) * dy_of_row, axis=-1), row_of_pair)
+    else:
+        columns = [
+            jnp.sum(_read(ys, row_of_pair[:, k]).astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
+            for k in range(weight.shape[1])
+        ]
+        dweight = jnp.stack(columns, axis=1)
+    return dys, dweight.astype(weight.dtype), None, None, None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)

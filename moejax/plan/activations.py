@@ -58,6 +58,9 @@ def moe(s: Sizes) -> Iterator[Array]:
     yield from router(s)
     of_rows = 4 if s.expert_parallel else 2  # there also the order of received rows by expert, and the way back
     yield Array("dispatch plan", "rows of pairs, pairs of rows", (s.pairs * m.parts + of_rows * s.rows) * INT)
+    if s.by_token:
+        places = s.tokens * s.expert_shards + s.sent_rows * (1 + 2 * s.pairs_of_rank)
+        yield Array("dispatch plan", "rows of tokens, received pairs and their weights", places * INT)
     yield Array("rows [P,D]", "inputs and outputs of experts", 2 * s.rows * d * c)
     if m.weigh == "input":
         yield Array("rows [P,D]", "inputs before their weight, and that, in float32", s.rows * (d + 1) * F32)
@@ -207,7 +210,7 @@ def backward_of_ffn(s: Sizes, is_moe: bool) -> list[Array]:
         return [stream, Array("dense FFN", "gradients of hidden", width)]
     found = [stream, Array("rows [P,D]", "gradients of inputs and outputs", 2 * s.rows * d * c)]
     if s.expert_parallel:
-        found.append(Array("rows [P,D]", "buffers of the exchange", s.rows * d * c))
+        found.append(Array("rows [P,D]", "buffers of the exchange", s.sent_rows * d * c))
     if s.model.remat == "none" and s.model.layer_loop == "scan":
         # The loop over experts wants whole arrays: the layer's slices of what is stacked over layers are copied out.
         found.append(Array("rows [P,D]", "this layer's inputs", s.rows * d * c))
@@ -260,7 +263,7 @@ def forward_of_block(s: Sizes, is_moe: bool) -> list[list[Array]]:
     hidden = Array("hidden [P,F]", "pre-activations", (s.matrices - 1) * s.rows * s.expert_dim * c)
     ys = Array("rows [P,D]", "outputs of experts", s.rows * d * c)
     xs = Array("rows [P,D]", "inputs of experts", s.rows * d * c)
-    sent = [Array("rows [P,D]", "buffers of the exchange", 2 * s.rows * d * c)] if s.expert_parallel else []
+    sent = [Array("rows [P,D]", "buffers of the exchange", 2 * s.sent_rows * d * c)] if s.expert_parallel else []
     ffn = [stream, *layer, xs, ys, hidden, *sent, *_plan(s)]
     if s.back_end == "padded":
         ffn = [stream, *layer, xs, ys, *sent, *_plan(s), *_padded(s, d_outputs=0, hiddens=s.matrices - 1)]

@@ -72,14 +72,23 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
     if s.expert_parallel:
         experts //= s.expert_shards
         counts = len(pieces(model.moe, s.tokens)) * model.moe.stored_experts * INT
-        buffer = s.rows * model.dim * s.itemsize
+        buffer = s.sent_rows * model.dim * s.itemsize
+        what = "tokens" if s.by_token else "rows"
         of_experts = [
-            Collective("all-to-all", "rows to their experts and back", "expert", s.expert_shards,
+            Collective("all-to-all", f"{what} to their experts and back", "expert", s.expert_shards,
                        2 * (passes + 1) * layers * buffer * micros),
             Collective("all-to-all", "counts of rows", "expert", s.expert_shards, passes * layers * counts * micros),
             Collective("all-reduce", "gradients of the experts that a device hosts", "data", n // s.expert_shards,
                        experts * micros),
         ]  # fmt: skip
+        if s.by_token:
+            places = len(pieces(model.moe, s.tokens)) * s.expert_shards + s.rows
+            of_experts += [
+                Collective("all-to-all", "places of pairs", "expert", s.expert_shards,
+                           passes * layers * places * INT * micros),
+                Collective("all-to-all", "gate weights and their gradients", "expert", s.expert_shards,
+                           (passes + 1) * layers * s.rows * F32 * micros),
+            ]  # fmt: skip
     else:
         of_experts = [
             Collective("all-gather", "experts' weights, whole for each layer", "expert", s.expert_shards,

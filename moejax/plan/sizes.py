@@ -16,7 +16,7 @@ from kernels_pallas.grouped_matmul.ffn import Weights
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend as mosaic_gpu
 from moejax import limits
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, ModelConfig
-from moejax.dispatch import buffer_rows, pieces
+from moejax.dispatch import buffer_rows, most_of_rank, pieces, sends_tokens
 from moejax.experts import GATED, expert_specs
 from moejax.moe import MoELayer, shared_width
 from moejax.types import RouteContext
@@ -179,15 +179,38 @@ class Sizes:
         moe = self.model.moe
         if not self.expert_parallel:
             return moe.stored_experts * self.tokens if moe.dispatcher == "dense" else self.pairs * moe.parts
-        rows = 0
+        return sum(self.expert_shards * capacity for _, capacity in self.buffers)
+
+    @property
+    def buffers(self) -> list[tuple[int, int]]:
+        """Under expert parallelism the tokens of each piece, and the rows of experts for each destination."""
+        moe, found = self.model.moe, []
         for part in pieces(moe, self.tokens):
             tokens = part.stop - part.start
             expert_choice = moe.router.name == "expert_choice"
             table = (self.pairs * moe.parts, 1) if expert_choice else (tokens, self.columns * moe.parts)
-            rows += self.expert_shards * buffer_rows(
-                moe, table, tokens, self.expert_shards, moe.stored_experts, moe.parts
-            )
-        return rows
+            rows = buffer_rows(moe, table, tokens, self.expert_shards, moe.stored_experts, moe.parts)
+            found.append((tokens, rows))
+        return found
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens travel to the experts' ranks, and not pairs."""
+        by_token = self.model.moe.router.name != "expert_choice"
+        return self.expert_parallel and sends_tokens(self.model.moe, *self.buffers[0], by_token)
+
+    @property
+    def sent_rows(self) -> int:
+        """Rows of the buffers of the exchange, of all pieces."""
+        if not self.by_token:
+            return self.rows
+        return sum(self.expert_shards * min(tokens, capacity) for tokens, capacity in self.buffers)
+
+    @property
+    def pairs_of_rank(self) -> int:
+        """W, pairs of a token for one rank at most."""
+        moe = self.model.moe
+        return most_of_rank(moe, self.columns * moe.parts, self.expert_shards, moe.stored_experts, moe.parts)
 
     @property
     def scores(self) -> int:

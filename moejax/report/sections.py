@@ -47,7 +47,8 @@ def facts(run: Run) -> Section:
         back_end += "; refused: " + "; ".join(f"{name} ({why})" for name, why in refused.items())
     exchange = dig(env, "expert_parallelism", "exchange")
     ranks = dig(env, "expert_parallelism", "ranks")
-    experts_over = f"{ranks} ranks, rows travel by {exchange} exchange" if exchange else ""
+    sent = dig(env, "expert_parallelism", "sent") or "rows"
+    experts_over = f"{ranks} ranks, {sent} travel by {exchange} exchange" if exchange else ""
     items = [
         ("config", str(config.get("name") or "")),
         ("scale", str(config.get("scale") or "")),
