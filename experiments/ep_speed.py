@@ -65,6 +65,7 @@ KINDS = ("uniform", "dirichlet5")
 TRANSPORT_VARIABLES = ("NCCL_P2P_DISABLE",)
 """Environment variables that change how devices reach one another: a row says which were set."""
 MARKS = 128
+LARGEST = 15
 FITS = 64
 """Factors that fit are multiples of 1 / FITS."""
 
@@ -158,7 +159,6 @@ def programs(setting: Setting, config: MoEConfig, mesh: Mesh) -> dict[str, Calla
         table = table_of(expert, setting.experts)
         ys, plans = dispatcher.send(x, table)
         back = dispatcher.give_back(ys, table.weight, plans, x.shape[0])
-        # Sums of k equal rows are exact in float32; those of a rank's share of them have to be in bfloat16.
         expected = (setting.k * x.astype(jnp.float32)).astype(x.dtype)
         named = dataclasses.replace(table, weight=expert % MARKS + 1.0)  # small enough for bfloat16
         marked, _ = dispatcher.send(jnp.ones_like(x[:, :8]), named, weigh=True)
@@ -196,8 +196,9 @@ def transfer_rows(
     tokens = -(-mib * 2**20 // (2 * setting.dim * setting.k * ranks)) * ranks  # an even share is whole
     pairs, where = tokens * setting.k, NamedSharding(mesh, P(sharding.TOKEN_AXES))
     useful = 2 * pairs * setting.dim
-    x = jax.device_put(np.random.default_rng(1).standard_normal((ranks * tokens, setting.dim), np.float32), where)
-    x = x.astype(jnp.bfloat16)
+    # Of few bits: the sum of k equal rows, and that of a rank's share of them, are exact in bfloat16.
+    x = np.random.default_rng(1).integers(-LARGEST, LARGEST + 1, (ranks * tokens, setting.dim))
+    x = jax.device_put(jnp.asarray(x, jnp.bfloat16), where)
     whole = jax.jit(lambda x: jnp.tile(x, (setting.k, 1)), out_shardings=where)(x)
     unit = timed(setting, on_ranks(plain, mesh), whole)
 

@@ -26,7 +26,7 @@ median over such pairs. Routing is uniform. Every way is checked before it is ti
 part of its experts, and back.
 
 ``layer`` is a whole MoE layer on equal tokens: ``moe.parts`` on R ranks, with parts apart, against the mesh axis
-``model``, where the TP devices of a group have the same tokens.
+``model``, where the TP devices of a group have the same tokens; each with pairs and with tokens that travel.
 """
 
 import dataclasses
@@ -313,9 +313,11 @@ def bandwidth_rows(
 
 def layer_rows(setting: Setting, grid: Grid, shared: dict[str, Any]) -> Iterator[ResultRow]:
     """A whole layer's forward pass on equal tokens: on the mesh axis ``model``, and with parts."""
+    true = MeshConfig(data=1, expert=grid.groups, model=grid.tensor)
     soft = MeshConfig(data=1, expert=grid.ranks)
     meshes: dict[str, tuple[MeshConfig, dict[str, Any]]] = {
-        "ETP by the mesh axis model": (MeshConfig(data=1, expert=grid.groups, model=grid.tensor), {}),
+        "ETP by the mesh axis model": (true, {"ep_send": "pairs"}),
+        "ETP by the mesh axis model, tokens": (true, {"ep_send": "tokens"}),
         "S-ETP": (soft, grid.in_parts | {"ep_send": "pairs"}),
         "S-ETP, tokens": (soft, grid.in_parts | {"ep_send": "tokens"}),
     }

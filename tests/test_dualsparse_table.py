@@ -316,25 +316,62 @@ def test_the_page_says_what_the_rows_of_lab_models_say():
     page = " ".join((ROOT / "docs" / "dualsparse.md").read_text().split())
     rows = read_rows(ROOT / "experiments" / "results" / "dualsparse_lab.jsonl")
     judged = {(row.config.rpartition("=")[2], row.table, row.row): row for row in rows if row.kind == "contrast"}
-    models = ("mixtral_like", "olmoe_like")
+    models = ("mixtral_like", "olmoe_like", "deepseek_like")
     one = lambda name: [judged[model, "2", name] for model in models]  # noqa: E731
     lost = one("2T reconstruct loses nothing")
     assert "{:.4f} bits per byte for the Mixtral-like".format(lost[0].value) in page  # noqa: UP032
-    assert f"{lost[1].value:.4f} for the OLMoE-like one" in page
-    assert [row.verdict for row in lost] == ["inconclusive", "not reproduced"]
+    assert (
+        "{:.4f} for the OLMoE-like one, {:.4f} for the DeepSeek-like one".format(*(r.value for r in lost[1:])) in page
+    )
+    assert [row.verdict for row in lost] == ["inconclusive", "not reproduced", "not reproduced"]
     against, order = one("2T reconstruct loses less than 1T"), one("reconstruct beats partition")
-    for i, text in enumerate(
-        ("{:.4f} and {:.4f} for the Mixtral-like model", "{:.4f} and {:.4f} for the OLMoE-like one")
-    ):
-        assert text.format(against[i].value, order[i].value) in page
+    for i, name in enumerate(("Mixtral-like model", "OLMoE-like one", "DeepSeek-like one")):
+        assert f"{against[i].value:.4f} and {order[i].value:.4f} for the {name}" in page
     assert {row.verdict for row in against + order} == {"not reproduced"}
     wide = [-row.value for row in one("wide: reconstruct beats partition")]
-    assert "reconstruction is worth {:.4f} and {:.4f}".format(*wide) in page
+    text = "reconstruction is worth {:.4f} (Mixtral-like), {:.4f} (OLMoE-like) and {:.4f} (DeepSeek-like)"
+    assert text.format(*wide) in page
     assert all(row.value > 0 for row in one("wide: 2T reconstruct loses less than 1T"))
-    ees = judged["olmoe_like", "3", "2T reconstruct beats EES"]
-    assert ees.verdict == "direction" and f"is {-ees.value:.3f} better than EES" in page
-    less = judged["olmoe_like", "3", "2T reconstruct beats lower top-k at equal work"]
-    assert less.verdict == "not reproduced" and f"{-less.value:.4f} better than one expert less" in page
+    rates = {model: {name: row for (m, t, name), row in judged.items() if (m, t) == (model, "thresholds")}
+             for model in models[:2]}  # fmt: skip
+    few = [rates[model][name] for model in models[:2] for name in ("1T: 5 % lose nothing",
+                                                                  "2T reconstruct: 10 % lose nothing")]  # fmt: skip
+    text = "{:.4f} and {:.4f} (Mixtral-like), {:.4f} and {:.4f} (OLMoE-like), *direction* all four"
+    assert text.format(*(row.value for row in few)) in page and {row.verdict for row in few} == {"direction"}
+    fall = [-rates[model]["1T: quality falls from 25 to 50 %"].value for model in models[:2]]
+    assert "1T loses {:.4f} and {:.4f} more".format(*fall) in page
+    most = [rates[model]["2T reconstruct loses less than 1T at 60%"] for model in models[:2]]
+    assert [row.verdict for row in most] == ["direction", "inconclusive"]
+    assert "{:.4f} less than 1T (Mixtral-like, *direction*) and {:.4f} less".format(*(-r.value for r in most)) in page
+    from_20 = [rates[model][f"2T reconstruct loses less than 1T at {rate}%"].value
+               for model in models[:2] for rate in (20, 25, 30, 40, 50, 60)]  # fmt: skip
+    assert max(from_20) < 0
+    names = ("2T reconstruct beats EES", "2T reconstruct beats lower top-k at equal work")
+    ees, less = ([judged[model, "3", name] for model in models[:2]] for name in names)
+    assert [row.verdict for row in ees] == ["inconclusive", "direction"]
+    assert [row.verdict for row in less] == ["inconclusive", "not reproduced"]
+    assert f"is {-ees[1].value:.3f} better than EES" in page and f"and {-ees[0].value:.4f} on the Mixtral-like" in page
+    assert f"{-less[1].value:.4f} better than one expert less" in page
+    assert f"and {-less[0].value:.4f} on the Mixtral-like one (*inconclusive*)" in page
+    pruned = [judged["mixtral_like", "3", f"2T reconstruct beats EEP, {n} of 8 experts"] for n in (6, 4)]
+    assert "6 of 8 experts ({:.4f}) or 4 ({:.4f}), both *direction*".format(*(-row.value for row in pruned)) in page
+    parts = {name: row for (m, t, name), row in judged.items() if (m, t) == ("mixtral_like", "1")}
+    exact = [row.value for row in rows if row.table == "1" and row.row.startswith("exactness")]
+    assert all(abs(parts[f"partition without training equal, P={p}"].value) < 5e-5 for p in (2, 4))
+    assert f"(no batch by more than {max(exact):.4f}, rounding of bfloat16)" in page
+    assert f"which gains {-parts['fine-tuning gains'].value:.4f}" in page
+    after = [parts[f"1T loses nothing after fine-tuning, P={p}"] for p in (1, 2, 4)]
+    text = "costs {:.4f} (P = 1) and {:.4f} (P = 2), *direction*, and {:.4f} (P = 4), *inconclusive*"
+    assert text.format(*(row.value for row in after)) in page
+    assert [row.verdict for row in after] == ["direction", "direction", "inconclusive"]
+    assert f"*not reproduced* ({parts['fine-tuning gains more in parts'].value:.4f} the other way)" in page
+    loss = {(row.config.rpartition("=")[2], row.row): row.value
+            for row in rows if row.table == "importance" and row.kind == "value"}  # fmt: skip
+    for model in models[:2]:
+        best = sorted((value, name) for (m, name), value in loss.items() if m == model and name != "no drop")
+        assert {name for _, name in best[:2]} == {"|gate-up|", "our metric"}
+    assert loss["mixtral_like", "gate-up"] > loss["mixtral_like", "as stored"]
+    assert abs(loss["olmoe_like", "gate-up"] - loss["olmoe_like", "as stored"]) < 5e-4
     tiny = read_rows(ROOT / "experiments" / "results" / "dualsparse_tiny_deepseek.jsonl")
     tiny = {row.row: row for row in tiny if row.kind == "contrast"}
     both = [tiny[name] for name in ("2T reconstruct loses less than 1T", "reconstruct beats partition")]

@@ -11,6 +11,7 @@ import pytest
 
 from moejax import limits
 from moejax.config import ConfigError, RouterConfig
+from moejax.limits import pieces
 from tests import moe_fakes as fakes
 from tests.moe_fakes import EXPERT_DIM, EXPERTS, context, random_table, router_config, table
 
@@ -98,6 +99,15 @@ def test_rank_in_expert_by_hand():
 
 
 # --- capacity -----------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_sorted_by_several_keys():
+    """Equal ones, both zeros too, in order of position; infinities at the ends and NaN last."""
+    rng = np.random.default_rng(0)
+    score = rng.choice(np.asarray([-np.inf, -2.5, -1e-30, -0.0, 0.0, 1e-30, 0.3, 7, np.inf, np.nan], np.float32), 200)
+    group, first = rng.integers(0, 3, 200), rng.random(200) < 0.5
+    order = pieces._sorted_by([jnp.asarray(group), jnp.asarray(first), jnp.asarray(score)])
+    np.testing.assert_array_equal(order, np.lexsort((score, first, group)))
 
 
 @pytest.mark.parametrize(("experts", "k"), [(7, 3), (9, 5), (60, 4), (41, 1), (61, 6)])

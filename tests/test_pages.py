@@ -103,26 +103,44 @@ def test_speed_of_limits_on_two_devices():
 
 def test_limits_of_the_lab_model():
     text, rows = page("limits.md"), results("capacity_aware_lab_sweep")
-    judged = {row.row: row for row in rows if row.kind == "contrast"}
+    judged = {(row.table, row.row): row for row in rows if row.kind == "contrast"}
     values = {(row.table, row.row): row for row in rows if row.kind == "value"}
-    assert {row.table for row in rows} == {"sweep", "3"} and len(values["3", "no limit"].values_by_seed) == 3
-    assert f"Without a limit it has {values['sweep', 'no limit'].value:.4f} bits per byte" in text
-    for label, name, more in (
-        ("Token Drop at 1.5 is near the baseline", "1.5 is near-baseline (token drop)", ""),
-        ("Expanded Drop at 1.5 is near the baseline", "1.5 is near-baseline (expanded drop)", ""),
-        ("0.5 loses more than 1", "steep fall below 1.0", " more"),
-        ("Token Drop at 3 is no limit", "3 is no limit (token drop)", ""),
-        ("expert level at 1.5, Token Drop", "device level 1.0 beats expert level 1.5 (token drop)", " less"),
-        ("the same, Expanded Drop", "device level 1.0 beats expert level 1.5 (expanded drop)", " less"),
-        ("`measured_budget` loses nothing", "measured budget loses nothing", ""),
+    assert {row.table for row in rows} == {"sweep", "2", "latency", "3"}
+    assert {len(values[table, "no limit"].values_by_seed) for table in ("sweep", "2", "latency", "3")} == {3}
+    assert f"Without a limit the second has {values['sweep', 'no limit'].value:.4f} bits per byte" in text
+    for label, table, name, more in (
+        ("Token Drop at 1.5 is near the baseline", "sweep", "1.5 is near-baseline (token drop)", ""),
+        ("Expanded Drop at 1.5 is near the baseline", "sweep", "1.5 is near-baseline (expanded drop)", ""),
+        ("0.5 loses more than 1", "sweep", "steep fall below 1.0", " more"),
+        ("Token Drop at 3 is no limit", "sweep", "3 is no limit (token drop)", ""),
+        ("factors Expanded Drop beats Token Drop", "2", "expanded drop beats token drop (the paper's factor)", " less"),
+        ("Token Drop beats Expert Drop", "2", "token drop beats expert drop (the paper's factor)", " less"),
+        ("Expanded Drop loses nothing", "2", "expanded drop loses nothing (the paper's factor)", ""),
+        ("dropped Expanded Drop beats Token Drop", "2", "expanded drop beats token drop (12 % dropped)", " less"),
+        (
+            "latency Expanded Drop beats Token Drop",
+            "latency",
+            "expanded drop beats token drop at equal latency",
+            " more",
+        ),
+        ("`device_budget` beats Token Drop", "latency", "device budget beats token drop at equal latency", " less"),
+        ("expert level at 1.5, Token Drop", "3", "device level 1.0 beats expert level 1.5 (token drop)", " less"),
+        ("the same, Expanded Drop", "3", "device level 1.0 beats expert level 1.5 (expanded drop)", " less"),
+        ("`measured_budget` loses nothing", "3", "measured budget loses nothing", ""),
     ):
-        row = judged.pop(name)
+        row = judged.pop((table, name))
         assert row.value is not None and row.interval is not None
         low, high = sorted(map(abs, row.interval))
         assert f"{label} | {abs(row.value):.4f} [{low:.4f}, {high:.4f}]{more} | {row.verdict} |" in text
-    assert not judged
+    first = [row for (_, name), row in judged.items() if "top-k first beats" in name]
+    assert len(first) == 3 and all(abs(value(row)) < 1e-4 for row in first)
     drop, wide = (values["sweep", f"{arm} drop, factor 1.5"].value for arm in ("token", "expanded"))
     assert drop is not None and wide is not None and f"gives back only {drop - wide:.4f} of it" in text
+    arms = [values["latency", f"{arm}, equal latency"] for arm in ("token drop", "device budget")]
+    fewer = values["latency", "top-2 of 4"]
+    assert f"({arms[0].extra['latency']:.2f} of the rows on the busiest rank)" in text
+    assert f"`device_budget` has {value(arms[1]):.4f} bits per byte, Token Drop {value(arms[0]):.4f}" in text
+    assert f"2 experts a token instead of 4 {value(fewer):.4f}." in text
     expert, device = (
         values["3", f"token drop, {level}"] for level in ("expert level, factor 1.5", "device level, factor 1")
     )

@@ -96,14 +96,17 @@ def test_rows_are_written_for_each_way(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_layer_and_whole_trips_are_checked_and_timed(tmp_path: Path):
     output = tmp_path / "rows.jsonl"
     assert run(output, "--devices=4", "--measure=trip,layer") == 0
-    *trips, true, soft = read_rows(output)
-    assert len(trips) == 3 and all(row.metric == "bandwidth/trip" and row.value > 0 for row in trips)
-    assert [row.row for row in (true, soft)] == [
-        "layer, ETP by the mesh axis model, 2 x 2 devices", "layer, S-ETP, 2 x 2 devices",
-    ]  # fmt: skip
-    assert soft.extra["error"] < 1e-5
-    assert soft.extra["collectives"] == {"all-to-all": 3}
-    assert true.extra["collectives"] == {"all-to-all": 3, "all-reduce": true.extra["in_loops"]}
+    rows = read_rows(output)
+    trips, layers = rows[:4], {row.row: row for row in rows[4:]}
+    assert all(row.metric == "bandwidth/trip" and row.value > 0 for row in trips)
+    true, true_tokens, soft, soft_tokens = (
+        layers[f"layer, {label}, 2 x 2 devices"].extra
+        for label in ("ETP by the mesh axis model", "ETP by the mesh axis model, tokens", "S-ETP", "S-ETP, tokens")
+    )
+    assert len(layers) == 4 and all(row["error"] < 1e-5 for row in (true_tokens, soft, soft_tokens))
+    assert soft["collectives"] == {"all-to-all": 3} and soft_tokens["collectives"] == {"all-to-all": 4}
+    assert true["collectives"] == {"all-to-all": 3, "all-reduce": true["in_loops"]}
+    assert true_tokens["collectives"] == {"all-to-all": 4, "all-reduce": true_tokens["in_loops"]}
 
 
 def test_what_does_not_come_back_is_not_timed(monkeypatch: pytest.MonkeyPatch):

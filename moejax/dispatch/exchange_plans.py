@@ -15,7 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.dispatch.exchange import by_expert, permuted
 from moejax.dispatch.plans import local_plan
@@ -66,17 +66,21 @@ def token_exchange_plan(
     Args:
       routing: a row is a token.
       capacity: C.
-      most: W. A pair that would be one more is overflow.
+      most: W. A pair that would be one more is overflow. Where it is e, a token's pairs stand here in the order of
+        experts, else in that of k.
     """
     ranks = jax.lax.axis_size(axis)
     rows, experts = min(num_tokens, capacity), (routing.probs.shape[1] - routing.zero_experts) // ranks
-    nth = nth_of_rank(routing, experts)
-    fits = ~computing(routing) | (nth < most)
+    if most == experts:  # room for each of them: cheap, whatever the number of columns
+        nth, fits = routing.expert % experts, jnp.bool_(True)
+    else:
+        nth = nth_of_rank(routing, experts)
+        fits = ~computing(routing) | (nth < most)
     home = home_plan(dataclasses.replace(routing, valid=routing.valid & fits), num_tokens, capacity, ranks)
     home = dataclasses.replace(home, overflow=home.overflow + jnp.sum(~fits))
     destination = home.row_of_pair // capacity  # ``ranks`` where a pair does not travel
     goes = jnp.any(destination[:, :, None] == jnp.arange(ranks), axis=1)  # [T, ranks]
-    slot = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1
+    slot = _earlier(goes)
     row = jnp.where(goes, jnp.arange(ranks) * rows + slot, ranks * rows)
     token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
     flat = jnp.arange(num_tokens * ranks, dtype=jnp.int32).reshape(row.shape)
@@ -100,15 +104,29 @@ def token_exchange_plan(
     here = jnp.where(codes >= 0, jnp.arange(ranks)[:, None] * (rows * most) + codes, pairs).reshape(-1)
     place_of_row, row_of_place = by_expert(received, capacity)
     pair_of_row = here.at[place_of_row].get(mode="fill", fill_value=pairs)
+    row_of_pair = _placed(here, row_of_place, pairs, ranks * capacity)
     of_experts = DispatchPlan(
         token_of_row=pair_of_row // most,
-        row_of_pair=_placed(here, row_of_place, pairs, ranks * capacity).reshape(ranks * rows, most),
+        row_of_pair=row_of_pair.reshape(ranks * rows, most),
         pair_of_row=pair_of_row,
         group_sizes=jnp.sum(received, axis=0),
         token=None,
-        overflow=jnp.int32(0),
+        # Two pairs of a token for one expert have one place: no router or limit makes them.
+        overflow=jnp.sum(received) - jnp.sum(row_of_pair < ranks * capacity),
     )
     return TokenExchangePlan(ExchangePlan(home, received), tokens, arrived, of_experts, here)
+
+
+def _earlier(mask: Bool[Array, "T ranks"]) -> Int[Array, "T ranks"]:
+    """How many rows above each one are set, column by column: a product within runs of rows and a sum over the runs,
+    which GPUs do faster than a scan over T."""
+    tokens, run = mask.shape[0], 128
+    runs = jnp.pad(mask, ((0, -tokens % run), (0, 0))).reshape(-1, run, mask.shape[1])
+    above = jnp.tril(jnp.ones((run, run), jnp.bfloat16), -1)  # exact: zeros and ones, summed in float32
+    within = jnp.einsum("ij,njr->nir", above, runs.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    of_run = jnp.sum(runs, axis=1, dtype=jnp.int32)
+    before = jnp.cumsum(of_run, axis=0) - of_run
+    return (within.astype(jnp.int32) + before[:, None]).reshape(-1, mask.shape[1])[:tokens]
 
 
 def nth_of_rank(routing: Routing, experts: int) -> Int[Array, "T K"]:
@@ -130,6 +148,9 @@ def weight_here(weight: Float[Array, "R K"], plan: TokenExchangePlan, axis: str 
 
 
 def _placed(place: Int[Array, "..."], value: Array, size: int, empty: int) -> Array:
-    """``[size]`` with each value at its place, ``empty`` elsewhere; out of bounds is nowhere, no other place twice."""
-    filled = jnp.full_like(value, empty, shape=(size,))
-    return filled.at[place.reshape(-1)].set(value.reshape(-1), mode="drop")
+    """``[size]`` with each value at its place, ``empty`` elsewhere; out of bounds is nowhere, no other place is there
+    twice."""
+    place, filled = place.reshape(-1), jnp.full_like(value, empty, shape=(size,))
+    # All of them are told apart, those out of bounds too: a scatter that may not write twice needs no atomics.
+    place = jnp.where(place < size, place, size + jnp.arange(place.shape[0]))
+    return filled.at[place].set(value.reshape(-1), mode="drop", unique_indices=True)

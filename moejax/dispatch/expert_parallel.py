@@ -9,7 +9,7 @@ pairs
     A row for each pair. The way back is the same in reverse, and the weighted sum is made at home, in the order of k:
     the same sum as on one device.
 tokens
-    A row for each token and rank. A rank makes the weighted sum over its own experts, in float32 and in the order of k,
+    A row for each token and rank. A rank makes the weighted sum over its own experts, in float32 and in a fixed order,
     and sends it back in the type of the rows; at home the sums of the ranks are added up, in their order.
 
 Letters: T tokens, D model, R routing rows, K choices per row, E experts, e experts of one rank, C rows for each
@@ -171,7 +171,9 @@ class ExpertParallel:
 
     def overflow(self, plans: tuple[Plan, ...]) -> Array:
         """Valid pairs of this rank that did not fit into the buffers."""
-        return jnp.sum(jnp.stack([plan.home.overflow for plan in plans]))
+        lost = [plan.home.overflow for plan in plans]
+        lost += [plan.rows.overflow for plan in plans if isinstance(plan, TokenExchangePlan)]
+        return jnp.sum(jnp.stack(lost))
 
     def sent(self, routing: Routing, plans: tuple[Plan, ...]) -> Routing:
         """``routing`` without the pairs that did not fit."""

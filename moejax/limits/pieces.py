@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ConfigError
-from moejax.routing import computing
+from moejax.routing import computing, count_by_expert
 from moejax.types import RouteContext, Routing
 
 DropOrder = Literal["score", "order", "reverse", "random"]
@@ -34,31 +34,60 @@ def option(default: Any, *, static: bool = True) -> Any:
 
 
 def ranked(
-    groups: tuple[Array, ...], valid: Bool[Array, "R K"], priority: tuple[Array, ...]
+    groups: tuple[Array, ...], valid: Bool[Array, "R K"], priority: tuple[Array, ...], count: int | None = None
 ) -> tuple[Int[Array, "R K"], Int[Array, "R K"]]:
     """Rank of each valid pair among those that agree with it in all of ``groups``, and how many these are.
 
     Rank 0 has the highest priority; a later entry of ``priority`` parts what is equal in the earlier ones, and at last
     the earlier pair goes first. Invalid pairs are ranked among themselves.
+
+    Args:
+      count: where there is one entry of ``groups``, its numbers are below this; None: nothing is known of them. Groups
+        that can be counted beforehand need no search for where they begin.
     """
     shape = valid.shape
-    first_group = jnp.where(valid, groups[0], jnp.iinfo(jnp.int32).max)
+    first_group = jnp.where(valid, groups[0], jnp.iinfo(jnp.int32).max if count is None else count)
     keys = [jnp.broadcast_to(k, shape).reshape(-1) for k in (first_group, *groups[1:], *(-p for p in priority))]
     pair = jnp.arange(valid.size, dtype=jnp.int32)
-    *in_order, order = jax.lax.sort((*keys, pair), num_keys=len(keys), is_stable=True)
+    order = _sorted_by(keys)
+    back = jnp.zeros_like(pair).at[order]
+    if count is not None and len(groups) == 1:
+        sizes = count_by_expert(first_group.reshape(-1), count + 1)
+        starts = jnp.cumsum(sizes) - sizes
+        return back.set(pair, unique_indices=True).reshape(shape) - starts[first_group], sizes[first_group]
     new = pair == 0
-    for key in in_order[: len(groups)]:
-        new = new | (key != jnp.roll(key, 1))
+    for key in keys[: len(groups)]:
+        in_order = key[order]
+        new = new | (in_order != jnp.roll(in_order, 1))
     start = jax.lax.cummax(jnp.where(new, pair, 0))
     end = jax.lax.cummin(jnp.where(jnp.roll(new, -1), pair + 1, valid.size), reverse=True)
-    back = jnp.zeros_like(pair).at[order]
     rank, size = (back.set(v, unique_indices=True).reshape(shape) for v in (pair - start, end - start))
     return rank, size
 
 
+def _sorted_by(keys: list[Array]) -> Int[Array, "P"]:
+    """Positions in the order of the first key, then the second, ...; at last the earlier one goes first. One stable
+    sort of (int32, position) for each key, the last key first: GPUs sort such pairs by radix, and more operands slowly.
+    """
+    order = jnp.arange(keys[0].shape[0], dtype=jnp.int32)
+    for i, key in enumerate(reversed(keys)):
+        key = _as_int32(key)
+        _, order = jax.lax.sort((key if i == 0 else key[order], order), num_keys=1, is_stable=True)
+    return order
+
+
+def _as_int32(key: Array) -> Int[Array, "P"]:
+    """In the same order: NaN last, both zeros equal."""
+    if not jnp.issubdtype(key.dtype, jnp.floating):
+        return key.astype(jnp.int32)
+    key = jnp.where(key == 0, 0.0, jnp.where(jnp.isnan(key), jnp.nan, key)).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(key, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # of two negative numbers the one with more in its bits is smaller
+
+
 def rank_in_expert(routing: Routing, priority: Float[Array, "R K"]) -> Int[Array, "R K"]:
     """Rank of each valid pair among those of its expert: 0 has the highest priority, ties go to the earlier pair."""
-    return ranked((routing.expert,), routing.valid, (priority,))[0]
+    return ranked((routing.expert,), routing.valid, (priority,), routing.probs.shape[1])[0]
 
 
 def keep_best(
@@ -99,7 +128,7 @@ def keep_best(
             request = request_of_row(routing, ctx)[:, None]
             rank, size = ranked((group, request), costs, (*first, *priority))
             priority = (-(rank + 0.5) / size, *priority)
-        rank, _ = ranked((group,), costs, (*first, *priority))
+        rank, _ = ranked((group,), costs, (*first, *priority), routing.probs.shape[1])
         capacity = room(jnp.sum(counted))
     within = rank < capacity
     stays = within if protected is None else within | protected
@@ -112,8 +141,11 @@ def keep_best(
 
 def best_of_token(routing: Routing) -> Bool[Array, "R K"]:
     """The pair with the highest score of each token, among those that an expert must compute."""
-    costs = computing(routing)
-    rank, _ = ranked((token_of_row(routing)[:, None],), costs, (jax.lax.stop_gradient(routing.score),))
+    costs, score = computing(routing), jax.lax.stop_gradient(routing.score)
+    if routing.token is None:  # a row is a token
+        best = jnp.argmax(jnp.where(costs, score, -jnp.inf), axis=1)
+        return costs & (jnp.arange(costs.shape[1]) == best[:, None])
+    rank, _ = ranked((token_of_row(routing)[:, None],), costs, (score,))
     return costs & (rank == 0)
 
 

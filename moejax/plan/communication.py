@@ -74,9 +74,11 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
         counts = len(pieces(model.moe, s.tokens)) * model.moe.stored_experts * INT
         buffer = s.sent_rows * model.dim * s.itemsize
         what = "tokens" if s.by_token else "rows"
+        # What comes home has no part in the gradient of a sum of tokens, so that it is not made again.
+        trips = 2 * (passes + 1) - (s.by_token and model.remat != "none")
         of_experts = [
             Collective("all-to-all", f"{what} to their experts and back", "expert", s.expert_shards,
-                       2 * (passes + 1) * layers * buffer * micros),
+                       trips * layers * buffer * micros),
             Collective("all-to-all", "counts of rows", "expert", s.expert_shards, passes * layers * counts * micros),
             Collective("all-reduce", "gradients of the experts that a device hosts", "data", n // s.expert_shards,
                        experts * micros),
