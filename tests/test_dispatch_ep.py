@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import dispatch, experts, limits
 from moejax.config import ConfigError, MoEConfig, RouterConfig
-from moejax.dispatch import exchange, exchange_plans, expert_parallel
+from moejax.dispatch import exchange, expert_parallel
 from moejax.sharding import MESH_AXES, batch_sharding, tree_shardings
 from tests import moe_fakes as fakes
 from tests.moe_fakes import DIM, EXPERTS, context, random_table, router_config, table
@@ -389,12 +389,6 @@ def test_tokens_become_the_rows_that_pairs_are(ranks, k, factor):
     np.testing.assert_allclose(other, sums, rtol=1e-6, atol=1e-6)
     assert (pairs[3].sum() > 0) == bool(factor)
     assert (pairs[0] >= 0).sum() > ranks * TOKENS  # more rows than tokens
-
-
-@pytest.mark.parametrize("tokens", [1, 128, 300])
-def test_earlier_rows_are_counted_run_by_run(tokens):
-    mask = np.random.default_rng(tokens).random((tokens, 3)) < 0.6
-    np.testing.assert_array_equal(exchange_plans._earlier(jnp.asarray(mask)), np.cumsum(mask, axis=0) - mask)
 
 
 def test_tokens_travel_where_that_reserves_fewer_rows():

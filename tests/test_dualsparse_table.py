@@ -304,6 +304,21 @@ def test_the_page_says_what_the_rows_of_two_gpus_say():
     ):
         found = [s_etp[f"{way}, 1 x 2 devices, {size} MiB", f"bandwidth/{metric}"] for size in (4, 64)]
         assert text.format(*found) in other
+    later = {row.row: row for row in read_rows(results / "dualsparse_tokens_h200x2.jsonl")}
+    assert {row.commit[:7] for row in later.values()} == {"870caf4"} and "(`870caf4`, `dualsparse_tokens" in page
+    before, after = (of["olmoe, none"].extra["median_ms"] for of in (by_load, later))
+    assert f"takes {after:.2f} ms instead of {before:.2f} ms" in page
+    arms = [[later[f"olmoe, {arm}{rule}"] for rule in ("", ", paper", ", water")] for arm in ("1T", "2T")]
+    reached = [sorted(100 * row.extra["share_of_predicted"] for row in of) for of in arms]
+    text = "1T {:.2f} of {predicted:.2f}, `paper` {:.2f}, `water` {:.2f} ({least:.0f} to {most:.0f} % of"
+    shown = {"predicted": arms[0][0].extra["predicted"], "least": reached[0][0], "most": reached[0][-1]}
+    assert text.format(*(row.value for row in arms[0]), **shown) in page
+    assert "2T {:.2f}, {:.2f} and {:.2f}".format(*(row.value for row in arms[1])) in page
+    assert f"({reached[1][0]:.0f} to {reached[1][-1]:.0f} %)" in page
+    assert all(later[name].extra["median_ms"] < by_load[name].extra["median_ms"] for name in later if "olmoe" in name)
+    tokens, pairs = (later[f"{way}, 1 x 2 devices, 64 MiB"].extra for way in ("S-ETP, tokens", "S-ETP"))
+    assert f"its whole trip with 64 MiB is {tokens['times_as_fast']:.2f} times as fast as ETP's" in other
+    assert f"{pairs['median_ms'] / tokens['median_ms']:.2f} times as fast as S-ETP with pairs" in other
     first = {(row.row, row.metric): row.value for row in read_rows(results / "dualsparse_h100.jsonl")}
     later = {(row.row, row.metric): row.value for row in read_rows(results / "dualsparse_decode_h200.jsonl")}
     tokens = [first["olmoe, 2T half, 25%", f"speedup/decode/{b}"] for b in (1, 512)]

@@ -122,9 +122,16 @@ def test_the_page_shows_the_committed_rows():
     page = (root / "docs/expert_parallelism.md").read_text(encoding="utf-8")
     rows = read_rows(root / "experiments/results/expert_parallelism_h200x2.jsonl")
     value = {(row.row, row.metric): row.value for row in rows}
-    for label in ("padded, {}64 MiB", "padded, {}256 MiB", "padded, {}64 MiB, NCCL_P2P_DISABLE=1", "ragged, {}64 MiB"):
-        name = label.format("uniform, fits, ")
-        shares = [value[name, f"share of plain all-to-all/{what}"] for what in ("transfer", "packed", "send")]
-        assert "| " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |" in page
-    for label in ("padded, fit", "padded, 0", "chunked 2, fit", "local, weights gathered"):
+    for label, shown in (
+        *((f"padded, {sent}, uniform, fits, {mib} MiB",) * 2 for sent in ("pairs", "tokens") for mib in (64, 256)),
+        ("padded, uniform, fits, 64 MiB, NCCL_P2P_DISABLE=1", ""), ("ragged, uniform, fits, 64 MiB", ""),
+    ):  # fmt: skip
+        parts = ("transfer", "packed", "send", "back") if shown else ("transfer", "packed", "send")
+        shares = [value[label, f"share of plain all-to-all/{what}"] for what in parts]
+        assert "| " + " | ".join(f"{100 * share:.1f} %" for share in shares) + (" |" if shown else " | - |") in page
+    for sent in ("tokens", "pairs"):
+        fit, worst = (value[f"layer, padded, {sent}, {f}", "milliseconds/forward"] for f in ("fit", "0"))
+        assert f"| `padded`, {sent} | {fit:.2f} ms | {worst:.2f} ms |" in page
+        assert sent == "pairs" or f"costs {100 * (worst / fit - 1):.0f} % more than buffers that fit" in page
+    for label in ("chunked 2, tokens, fit", "chunked 2, pairs, fit", "chunked 2, pairs, 0", "local, weights gathered"):
         assert f"{value[f'layer, {label}', 'milliseconds/forward']:.2f} ms" in page

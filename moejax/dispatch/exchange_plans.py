@@ -15,7 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.dispatch.exchange import by_expert, permuted
 from moejax.dispatch.plans import local_plan
@@ -80,7 +80,7 @@ def token_exchange_plan(
     home = dataclasses.replace(home, overflow=home.overflow + jnp.sum(~fits))
     destination = home.row_of_pair // capacity  # ``ranks`` where a pair does not travel
     goes = jnp.any(destination[:, :, None] == jnp.arange(ranks), axis=1)  # [T, ranks]
-    slot = _earlier(goes)
+    slot = jnp.cumsum(goes, axis=0, dtype=jnp.int32) - 1
     row = jnp.where(goes, jnp.arange(ranks) * rows + slot, ranks * rows)
     token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
     flat = jnp.arange(num_tokens * ranks, dtype=jnp.int32).reshape(row.shape)
@@ -115,18 +115,6 @@ def token_exchange_plan(
         overflow=jnp.sum(received) - jnp.sum(row_of_pair < ranks * capacity),
     )
     return TokenExchangePlan(ExchangePlan(home, received), tokens, arrived, of_experts, here)
-
-
-def _earlier(mask: Bool[Array, "T ranks"]) -> Int[Array, "T ranks"]:
-    """How many rows above each one are set, column by column: a product within runs of rows and a sum over the runs,
-    which GPUs do faster than a scan over T."""
-    tokens, run = mask.shape[0], 128
-    runs = jnp.pad(mask, ((0, -tokens % run), (0, 0))).reshape(-1, run, mask.shape[1])
-    above = jnp.tril(jnp.ones((run, run), jnp.bfloat16), -1)  # exact: zeros and ones, summed in float32
-    within = jnp.einsum("ij,njr->nir", above, runs.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-    of_run = jnp.sum(runs, axis=1, dtype=jnp.int32)
-    before = jnp.cumsum(of_run, axis=0) - of_run
-    return (within.astype(jnp.int32) + before[:, None]).reshape(-1, mask.shape[1])[:tokens]
 
 
 def nth_of_rank(routing: Routing, experts: int) -> Int[Array, "T K"]:
