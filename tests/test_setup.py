@@ -315,7 +315,7 @@ def test_emulated_devices_by_default(expression: str):
     assert platform_settings(expression, {"XLA_FLAGS": "--a"}) == {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--a --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_llvm_disable_expensive_passes=true --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
     }
 
 

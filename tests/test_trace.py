@@ -130,7 +130,7 @@ def test_a_file_gives_back_what_was_recorded(name: str, tmp_path: Path, monkeypa
         assert read.router == made.config.moe.router and read.config.model == made.config
         assert read.meta["limits"] == [{"name": "TokenDrop", "factor": 0.75, "order": "random"}]
         assert read.meta["tokens"] == sum(int(batch["mask"].sum()) for batch in batches())
-        assert set(read.state) == ({"bias"} if name == "sigmoid_bias" else set())
+        assert set(read.state) == ({"bias"} if name in ("sigmoid_bias", "softmax_bias") else set())
         if read.state:
             bias = made.groups[0].blocks[0].moe.router.arrays["bias"][...]
             np.testing.assert_array_equal(read.state["bias"], bias)

@@ -158,8 +158,10 @@ def metric_table(rows: Sequence[ResultRow]) -> Table:
 
 
 def value_table(rows: Sequence[ResultRow], folded: bool = False) -> Table:
-    """Row, ours, interval, seeds, published, touched pairs, verdict, for the rows of one metric."""
+    """Row, ours, interval, seeds, published, touched pairs, verdict, for the rows of one metric; and commits where they
+    differ, as rows of two may have one name."""
     metric, unit = metric_words(rows[0].metric), rows[0].unit
+    mixed = len({row.commit for row in rows}) > 1
     cells = []
     for row in rows:
         baseline = f", against {row.baseline_row}" if row.baseline_row else ""
@@ -172,9 +174,10 @@ def value_table(rows: Sequence[ResultRow], folded: bool = False) -> Table:
                 Cell(published_words(row), "number"),
                 number(percent(row.exercised_share)),
                 Cell(row.verdict or NONE, "verdict" if row.verdict else "text", row.verdict_note),
+                Cell((row.commit or "")[:7] or NONE if mixed else NONE),
             ]
         )
-    columns = ["row", f"ours, {unit or metric}", "interval", "seeds", "published", "pairs touched", "verdict"]
+    columns = ["row", f"ours, {unit or metric}", "interval", "seeds", "published", "pairs touched", "verdict", "commit"]
     kinds = sorted({row.interval_kind for row in rows if row.interval_kind})
     notes = sorted({row.published_metric for row in rows if row.published is not None and row.published_metric})
     caption = metric[:1].upper() + metric[1:]
