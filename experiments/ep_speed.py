@@ -32,7 +32,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ SCOPES = {
 """Named scopes of ``moejax.moe``, the inner ones first, with the part of a layer that they are."""
 KINDS = ("uniform", "dirichlet5")
 TRANSPORT_VARIABLES = ("NCCL_P2P_DISABLE",)
-"""Environment variables that change how devices reach one another: a row says which were set."""
+TRANSPORT_FLAGS = ("xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel",)
+"""Environment variables, and flags in XLA_FLAGS, that change how devices reach one another: a row says which were
+set."""
 MARKS = 128
 LARGEST = 15
 FITS = 64
@@ -425,9 +427,9 @@ def command(values: flags.FlagValues) -> int:
     setting = Setting(values.experts, values.k, values.dim, values.expert_dim, values.tokens, values.repeats,
                       values.target_ms)  # fmt: skip
     mesh = sharding.make_mesh(MeshConfig(data=1, expert=len(devices)), devices)
-    told = {name: os.environ[name] for name in TRANSPORT_VARIABLES if name in os.environ}
+    told = transport_settings(os.environ)
     shared = session.row_facts(PAPER, TABLE)
-    shared["command"] = " ".join([*(f"{name}={value}" for name, value in told.items()), shared["command"]])
+    shared["command"] = " ".join([*told, shared["command"]])
 
     def measured() -> Iterator[ResultRow]:
         if "transfer" in values.parts:
@@ -439,12 +441,20 @@ def command(values: flags.FlagValues) -> int:
 
     for row in measured():
         if told:
-            names = ", ".join(f"{name}={value}" for name, value in told.items())
-            row = dataclasses.replace(row, row=f"{row.row}, {names}")
+            row = dataclasses.replace(
+                row, row=", ".join([row.row, *(text.removeprefix("XLA_FLAGS=") for text in told)])
+            )
         append_rows(Path(values.output), [row])  # each at once: a limit of time then loses one row
         shown = row.extra.get("not_run") if row.value is None else f"{row.value:.3f} {row.unit}"
         session.say(f"{row.row:44s} {row.metric:36s} {shown}")
     return 0
+
+
+def transport_settings(environment: Mapping[str, str]) -> list[str]:
+    """Those of the settings above that are set, as a shell would set them."""
+    found = [f"{name}={environment[name]}" for name in TRANSPORT_VARIABLES if name in environment]
+    flags = environment.get("XLA_FLAGS", "").split()
+    return found + [f"XLA_FLAGS={flag}" for flag in flags if flag.lstrip("-").partition("=")[0] in TRANSPORT_FLAGS]
 
 
 def check_flags(values: flags.FlagValues, devices: int) -> None:

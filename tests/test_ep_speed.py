@@ -75,6 +75,13 @@ def test_tables_are_distinct_and_as_skewed_as_asked():
     assert loads["uniform"].max() < 1.1 < 1.3 < loads["dirichlet5"].max()
 
 
+def test_settings_of_the_transport_are_told():
+    flag = "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=false"
+    environment = {"NCCL_P2P_DISABLE": "1", "XLA_FLAGS": f"--xla_other=1 {flag}", "NCCL_DEBUG": "INFO"}
+    assert ep_speed.transport_settings(environment) == ["NCCL_P2P_DISABLE=1", f"XLA_FLAGS={flag}"]
+    assert ep_speed.transport_settings({}) == []
+
+
 PROGRAM = """
 ENTRY %main (x: f32[8]) -> f32[8] {
   %dot.1 = f32[8] dot(%x), metadata={op_name="jit(run)/route/dot_general" stack_frame_id=1}
