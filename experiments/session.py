@@ -374,7 +374,8 @@ def exchange_facts(config: ExperimentConfig, token_shards: int) -> dict[str, Any
     return {
         "exchange": exchange, "pieces": len(dispatch.pieces(moe, planned.tokens)), "ranks": ranks,
         "experts_of_a_rank": planned.experts, "rows": planned.rows, "buffer_factor": moe.ep_buffer_factor,
-        "sent": "tokens" if planned.by_token else "pairs", "sent_rows": planned.sent_rows,
+        "sent": {0: "pairs", len(planned.buffers): "tokens"}.get(len(planned.token_pieces), "tokens or pairs"),
+        "sent_rows": planned.sent_rows,
         **({"parts": moe.parts} if moe.parts > 1 else {}), **({"parts_apart": True} if moe.parts_apart else {}),
     }  # fmt: skip
 
@@ -387,7 +388,7 @@ def exchange_line(facts: dict[str, Any] | None) -> list[str]:
     pieces = f" in {facts['pieces']} pieces" if facts["pieces"] > 1 else ""
     what = f"experts in {facts['parts']} parts each, parts" if "parts" in facts else "experts"
     what += " of one expert apart" if "parts_apart" in facts else ""
-    sent = f"{facts['sent_rows']:,} for tokens that travel, " if facts["sent"] == "tokens" else ""
+    sent = "" if facts["sent"] == "pairs" else f"{facts['sent_rows']:,} for {facts['sent']} that travel, "
     return [
         f"{what} over {facts['ranks']} ranks, {facts['experts_of_a_rank']} each; {facts['sent']} travel by "
         f"{facts['exchange']!r} exchange{pieces}, rows reserved on each device: {sent}{facts['rows']:,} for experts "

@@ -101,6 +101,17 @@ def test_rank_in_expert_by_hand():
 # --- capacity -----------------------------------------------------------------------------------------------
 
 
+def test_the_best_pair_of_a_token_by_hand():
+    """The first of the best among the valid ones, be they -inf; NaN is worse than all."""
+    nan, inf = math.nan, math.inf
+    score = np.asarray([[-inf, -inf, -inf], [nan, 0.5, 0.2], [0.9, 0.9, 1.0], [0.1, 0.2, 0.3], [nan, nan, -inf]])
+    valid = np.asarray([[0, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 0]], bool)
+    best = pieces.best_of_token(table([[0, 1, 2]] * 5, score, score, valid, 3))
+    assert np.asarray(best).tolist() == [
+        [False, True, False], [False, True, False], [True, False, False], [False] * 3, [True, False, False],
+    ]  # fmt: skip
+
+
 def test_pairs_are_sorted_by_several_keys():
     """Equal ones, both zeros too, in order of position; infinities at the ends and NaN last."""
     rng = np.random.default_rng(0)

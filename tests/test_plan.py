@@ -197,6 +197,14 @@ def test_expert_parallelism_keeps_its_own_experts_and_buffers(name: str):
     assert weights.bytes == 4 * 3 * 8 * 96 * 48 * 4  # layers, matrices, experts of a rank, D, F, float32
 
 
+def test_each_piece_of_tokens_sends_what_reserves_fewer_rows():
+    """Of 1,025 tokens 512 have room for 512 pairs, which travel themselves, and 513 for 520."""
+    config = tiny(moe={"dispatcher": "ep", "ep_exchange": "chunked", "ep_buffer_factor": 0.5})  # of k = 4
+    s = dataclasses.replace(sizes.make(config, MeshConfig(data=1, expert=2), "cpu", train=True), batch=1, seq=1025)
+    assert s.buffers == [(512, 512), (513, 520)] and s.token_pieces == [(513, 520)]
+    assert s.rows == 2 * (512 + 520) and s.sent_rows == 2 * (512 + 513)
+
+
 def test_limits_that_add_pairs_append_columns():
     limits = {"capacity_limits": ("threshold_drop:threshold=0.1", "expanded_drop:factor=1.0")}
     s = sizes.make(tiny(moe=limits), ONE, "cpu", train=True)
@@ -220,6 +228,14 @@ QUICK = {
 }
 SLOW = {
     "expert parallel": (tiny(moe={"dispatcher": "ep"}), MeshConfig(data=2, expert=2)),
+    "expert parallel, weighed inputs, block": (
+        tiny(moe={"dispatcher": "ep", "weigh": "input"}, remat="block"),
+        MeshConfig(data=2, expert=2),
+    ),
+    "expert parallel, pairs, weighed inputs, block": (
+        tiny(moe={"dispatcher": "ep", "weigh": "input", "ep_send": "pairs"}, remat="block"),
+        MeshConfig(data=2, expert=2),
+    ),
     "expert parallel, block, factor, micro-batches": (
         tiny(moe={"dispatcher": "ep", "ep_buffer_factor": 1.25}, remat="block", train={"accumulate": 2}),
         MeshConfig(data=2, expert=2),

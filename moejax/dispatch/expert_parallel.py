@@ -155,10 +155,13 @@ class ExpertParallel:
     def homeward(
         self, ys: Float[Array, "P D"], weight: Float[Array, "t K"], plan: Plan, tokens: int
     ) -> Float[Array, "t D"]:
-        """The way back of one piece."""
+        """The way back of one piece. ``weight`` is of ones where ``config.weigh`` is "input"."""
         move = TRANSPORTS[self.transport]
         if isinstance(plan, TokenExchangePlan):
-            sums = rows.combine(ys, weight_here(weight, plan), plan.rows, plan.rows.row_of_pair.shape[0])
+            if self.config.weigh == "input":  # weights are all 1
+                sums = rows.summed(ys, plan.rows)
+            else:
+                sums = rows.combine(ys, weight_here(weight, plan), plan.rows, plan.rows.row_of_pair.shape[0])
             with jax.named_scope("communicate"):
                 buffer = move(sums, *reversed(rows_by_rank(plan)), AXIS)
             return rows.summed(buffer, plan.tokens)

@@ -76,7 +76,7 @@ def _sorted_by(keys: list[Array]) -> Int[Array, "P"]:
     return order
 
 
-def _as_int32(key: Array) -> Int[Array, "P"]:
+def _as_int32(key: Array) -> Int[Array, "..."]:
     """In the same order: NaN last, both zeros equal."""
     if not jnp.issubdtype(key.dtype, jnp.floating):
         return key.astype(jnp.int32)
@@ -143,8 +143,8 @@ def best_of_token(routing: Routing) -> Bool[Array, "R K"]:
     """The pair with the highest score of each token, among those that an expert must compute."""
     costs, score = computing(routing), jax.lax.stop_gradient(routing.score)
     if routing.token is None:  # a row is a token
-        best = jnp.argmax(jnp.where(costs, score, -jnp.inf), axis=1)
-        return costs & (jnp.arange(costs.shape[1]) == best[:, None])
+        order = jnp.where(costs, _as_int32(-score), jnp.iinfo(jnp.int32).max)
+        return costs & (jnp.arange(costs.shape[1]) == jnp.argmin(order, axis=1)[:, None])
     rank, _ = ranked((token_of_row(routing)[:, None],), costs, (score,))
     return costs & (rank == 0)
 

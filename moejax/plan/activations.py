@@ -58,8 +58,9 @@ def moe(s: Sizes) -> Iterator[Array]:
     yield from router(s)
     of_rows = 4 if s.expert_parallel else 2  # there also the order of received rows by expert, and the way back
     yield Array("dispatch plan", "rows of pairs, pairs of rows", (s.pairs * m.parts + of_rows * s.rows) * INT)
-    if s.by_token:
-        places = s.tokens * s.expert_shards + s.sent_rows * (1 + 2 * s.pairs_of_rank)
+    if s.token_pieces:
+        rows_of_tokens = s.expert_shards * sum(min(of) for of in s.token_pieces)
+        places = s.tokens * s.expert_shards + rows_of_tokens * (1 + 2 * s.pairs_of_rank)
         yield Array("dispatch plan", "rows of tokens, received pairs and their weights", places * INT)
     yield Array("rows [P,D]", "inputs and outputs of experts", 2 * s.rows * d * c)
     if m.weigh == "input":

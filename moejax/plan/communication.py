@@ -73,9 +73,10 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
         experts //= s.expert_shards
         counts = len(pieces(model.moe, s.tokens)) * model.moe.stored_experts * INT
         buffer = s.sent_rows * model.dim * s.itemsize
-        what = "tokens" if s.by_token else "rows"
-        # What comes home has no part in the gradient of a sum of tokens, so that it is not made again.
-        trips = 2 * (passes + 1) - (s.by_token and model.remat != "none")
+        what = "tokens" if s.token_pieces else "rows"
+        # What comes home has no part in the gradient of a sum without weights, so that it is not made again.
+        once = bool(s.token_pieces) or model.moe.weigh == "input"
+        trips = 2 * (passes + 1) - (once and model.remat != "none")
         of_experts = [
             Collective("all-to-all", f"{what} to their experts and back", "expert", s.expert_shards,
                        trips * layers * buffer * micros),
@@ -83,13 +84,14 @@ def _token_axes(config: ExperimentConfig, s: Sizes) -> list[Collective]:
             Collective("all-reduce", "gradients of the experts that a device hosts", "data", n // s.expert_shards,
                        experts * micros),
         ]  # fmt: skip
-        if s.by_token:
-            places = len(pieces(model.moe, s.tokens)) * s.expert_shards + s.rows
+        if s.token_pieces:
+            reserved = s.expert_shards * sum(capacity for _, capacity in s.token_pieces)
+            places = len(s.token_pieces) * s.expert_shards + reserved
             of_experts += [
                 Collective("all-to-all", "places of pairs", "expert", s.expert_shards,
                            passes * layers * places * INT * micros),
                 Collective("all-to-all", "gate weights and their gradients", "expert", s.expert_shards,
-                           (passes + 1) * layers * s.rows * F32 * micros),
+                           (passes + 1) * layers * reserved * F32 * micros),
             ]  # fmt: skip
     else:
         of_experts = [

@@ -194,17 +194,18 @@ class Sizes:
         return found
 
     @property
-    def by_token(self) -> bool:
-        """Whether tokens travel to the experts' ranks, and not pairs."""
+    def token_pieces(self) -> list[tuple[int, int]]:
+        """Of :attr:`buffers` those of pieces whose tokens travel, and not their pairs."""
         by_token = self.model.moe.router.name != "expert_choice"
-        return self.expert_parallel and sends_tokens(self.model.moe, *self.buffers[0], by_token)
+        return (
+            [of for of in self.buffers if sends_tokens(self.model.moe, *of, by_token)] if self.expert_parallel else []
+        )
 
     @property
     def sent_rows(self) -> int:
         """Rows of the buffers of the exchange, of all pieces."""
-        if not self.by_token:
-            return self.rows
-        return sum(self.expert_shards * min(tokens, capacity) for tokens, capacity in self.buffers)
+        spared = sum(capacity - min(tokens, capacity) for tokens, capacity in self.token_pieces)
+        return self.rows - self.expert_shards * spared
 
     @property
     def pairs_of_rank(self) -> int:
