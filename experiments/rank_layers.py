@@ -24,8 +24,8 @@ from experiments import ep_speed
 from experiments.drop_layers import WRONG_SHARE, WRONG_TOKEN, compiled, difference, gain, in_turn, with_config
 from experiments.drop_scores import Setting
 from kernels_pallas.rivals import timing
-from moejax import replication, sharding
-from moejax.config import ConfigError, MeshConfig
+from moejax import dispatch, replication, sharding
+from moejax.config import ConfigError, MeshConfig, MoEConfig
 from moejax.moe import MoELayer
 from moejax.replication import Replicated
 from moejax.thresholds import Rule
@@ -79,6 +79,14 @@ class Measured:
     time: timing.Timings
     profile: Callable[[], dict[str, float] | None]
     """Milliseconds of each part of the layer on the first device; None where a profile has no kernels."""
+    sent: str
+    """What travelled: "tokens" or "pairs"."""
+
+
+def sent(config: MoEConfig, tokens: int, ranks: int) -> str:
+    """What travels of ``tokens`` tokens on each rank."""
+    rows = dispatch.buffer_rows(config, (tokens, config.router.k), tokens, ranks)
+    return "tokens" if dispatch.sends_tokens(config, tokens, rows) else "pairs"
 
 
 def output(layer: MoELayer, x: jax.Array, in_force: tuple[Limit, ...]) -> jax.Array:
@@ -200,7 +208,11 @@ def on_ranks(
         calls = {name: functools.partial(made[name], *arguments[name]) for name in right}
         times = in_turn(calls, repeats, target_ms) if calls else {}
     profiles = {name: functools.partial(ep_speed.profiled, made[name], arguments[name], None) for name in right}
-    return {name: Measured(counts[name], errors[name], times[name], profiles[name]) for name in right}, wrong
+    found = {}
+    for name in right:
+        what = sent(arguments[name][0].config, x.shape[1], ranks)
+        found[name] = Measured(counts[name], errors[name], times[name], profiles[name], what)
+    return found, wrong
 
 
 def placement(loads: Int[np.ndarray, "E"], ranks: int) -> Replicated:
@@ -227,7 +239,8 @@ def facts_of(found: Mapping[str, Measured], arm: Arm) -> tuple[float, tuple[floa
         **mine.time.fields(), **predicted(speedup, mine.counted.work.max(), none.counted.work.max()),
         "work_by_rank": mine.counted.work.tolist(), "drop_rate": 1 - mine.counted.kept / none.counted.kept,
         "added_share": (mine.counted.work.sum() - mine.counted.kept) / none.counted.kept,
-        "ep_buffer_factor": mine.counted.factor, "error": mine.error, "ranks": len(mine.counted.work),
+        "ep_buffer_factor": mine.counted.factor, "sent": mine.sent, "error": mine.error,
+        "ranks": len(mine.counted.work),
     }  # fmt: skip
 
 

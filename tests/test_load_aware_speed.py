@@ -1,5 +1,6 @@
 """experiments.load_aware_speed at a tiny size on 2 of the emulated devices: what its rows count, the check before."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from experiments import drop_layers, drop_scores, load_aware_speed, rank_layers, session
 from moejax import limits
+from moejax.config import MoEConfig, RouterConfig
 from moejax.results import read_rows
 from moejax.types import RouteContext
 from tests.small import quick_compilation
@@ -40,6 +42,12 @@ def test_counts_of_virtual_ranks_are_those_of_a_loop():
     np.testing.assert_array_equal(found.work, work)
     share = to.max() / (setting.tokens * setting.moe.router.k / 2)
     assert share <= found.factor < share + 1 / 64
+
+
+def test_rows_say_what_travels():
+    config = MoEConfig(num_experts=8, router=RouterConfig(k=4), dispatcher="ep", ep_buffer_factor=0.5)
+    assert rank_layers.sent(config, 64, 2) == "pairs"  # 64 of them for each rank
+    assert rank_layers.sent(dataclasses.replace(config, ep_buffer_factor=1.0), 64, 2) == "tokens"
 
 
 @pytest.mark.slow  # the law of its limits: tests/test_threshold.py; what it counts: above
