@@ -391,13 +391,14 @@ def test_tokens_become_the_rows_that_pairs_are(ranks, k, factor):
     assert (pairs[0] >= 0).sum() > ranks * TOKENS  # more rows than tokens
 
 
-def test_tokens_travel_where_that_reserves_fewer_rows():
+def test_tokens_travel_where_that_spares_rows():
     def sent(factor, ranks, **moe):
         c = config(ep_buffer_factor=factor, **moe)
         return dispatch.sends_tokens(c, 64, dispatch.buffer_rows(c, (64, 2), 64, ranks))
 
     assert sent(0.0, 2)  # 128 pairs for a rank, of 64 tokens
-    assert not sent(1.0, 2)  # 64
+    assert sent(1.25, 2)  # 80: tokens spare a fifth of the rows
+    assert not sent(1.12, 2)  # 72
     assert not sent(0.0, 8)  # one expert a rank
     assert not sent(0.0, 2, ep_send="pairs")
     assert sent(1.0, 8, ep_send="tokens")

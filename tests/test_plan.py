@@ -197,12 +197,12 @@ def test_expert_parallelism_keeps_its_own_experts_and_buffers(name: str):
     assert weights.bytes == 4 * 3 * 8 * 96 * 48 * 4  # layers, matrices, experts of a rank, D, F, float32
 
 
-def test_each_piece_of_tokens_sends_what_reserves_fewer_rows():
-    """Of 1,025 tokens 512 have room for 512 pairs, which travel themselves, and 513 for 520."""
-    config = tiny(moe={"dispatcher": "ep", "ep_exchange": "chunked", "ep_buffer_factor": 0.5})  # of k = 4
-    s = dataclasses.replace(sizes.make(config, MeshConfig(data=1, expert=2), "cpu", train=True), batch=1, seq=1025)
-    assert s.buffers == [(512, 512), (513, 520)] and s.token_pieces == [(513, 520)]
-    assert s.rows == 2 * (512 + 520) and s.sent_rows == 2 * (512 + 513)
+def test_each_piece_of_tokens_sends_what_spares_rows():
+    """Of 31 tokens 15 have room for 16 pairs, which travel themselves, and 16 for 24: buffers are rounded up to 8."""
+    config = tiny(moe={"dispatcher": "ep", "ep_exchange": "chunked", "ep_buffer_factor": 0.53})  # of k = 4
+    s = dataclasses.replace(sizes.make(config, MeshConfig(data=1, expert=2), "cpu", train=True), batch=1, seq=31)
+    assert s.buffers == [(15, 16), (16, 24)] and s.token_pieces == [(16, 24)]
+    assert s.rows == 2 * (16 + 24) and s.sent_rows == 2 * (16 + 16)
 
 
 def test_limits_that_add_pairs_append_columns():

@@ -92,8 +92,8 @@ class MoEConfig:
     """How they travel (``docs/expert_parallelism.md``); "auto" picks by platform and is named in the run's facts."""
     ep_send: Literal["auto", "pairs", "tokens"] = later("auto")
     """A row for each pair, or each token once to each rank that has experts for it, which sums what they make of it:
-    fewer rows, and partial sums of ranks that are rounded to the compute type. "auto": tokens where that reserves fewer
-    rows."""
+    fewer rows, and partial sums of ranks that are rounded to the compute type. "auto": tokens where that spares a fifth
+    of the rows or more."""
     ep_buffer_factor: float = later(0.0)
     """Rows reserved for each destination, as a multiple of its even share ``t k / ranks``. 0: the worst case, so that
     nothing is lost; above, what does not fit is counted as ``overflow``."""

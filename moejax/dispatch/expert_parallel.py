@@ -72,7 +72,8 @@ def most_of_rank(config: MoEConfig, columns: int, ranks: int, experts: int | Non
 def sends_tokens(config: MoEConfig, tokens: int, capacity: int, by_token: bool = True) -> bool:
     """Whether tokens travel, and not pairs, of a piece of ``tokens`` tokens with ``capacity`` pairs for each
     destination. ``by_token``: a row of its table is a token, as it is where tokens choose."""
-    return by_token and (config.ep_send == "tokens" or (config.ep_send == "auto" and tokens < capacity))
+    pays = 5 * tokens <= 4 * capacity  # a second message and a second sum cost about what a fifth of the rows does
+    return by_token and (config.ep_send == "tokens" or (config.ep_send == "auto" and pays))
 
 
 def pieces(config: MoEConfig, tokens: int) -> list[slice]:
