@@ -235,15 +235,9 @@ def checked(setting: Setting, grid: Grid, way: str, factor: float, x: np.ndarray
 # --- timing -------------------------------------------------------------------------------------------------------
 
 
-def paired(setting: Setting, calls: dict[str, Callable[[], Any]]) -> dict[str, timing.Timings]:
+def in_turn(setting: Setting, calls: dict[str, Callable[[], Any]]) -> dict[str, timing.Timings]:
     """Timings of each call, in turn, ``setting.repeats`` times."""
-    batches = {name: timing.wall_clock(call, jax.block_until_ready) for name, call in calls.items()}
-    counts = {name: timing.repeat(batch, 1, setting.target_ms).calls for name, batch in batches.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(setting.repeats):
-        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
-            seconds[name].append(batches[name](counts[name]) / counts[name])
-    return {name: timing.Timings(tuple(taken), counts[name]) for name, taken in seconds.items()}
+    return timing.in_turns(calls, jax.block_until_ready, setting.repeats, setting.target_ms)
 
 
 def ratio(of: timing.Timings, to: timing.Timings) -> dict[str, float]:
@@ -290,7 +284,7 @@ def bandwidth_rows(
             sent = wire_bytes(setting, grid, way, rows, tokens)
             extra[way] = {"rows": rows, "buffer_factor": factors[way], "wire_bytes": sent,
                           "collectives": counted(run.as_text())}  # fmt: skip
-        times = paired(setting, calls)
+        times = in_turn(setting, calls)
         size = itemsize * tokens * setting.dim
         at = f"{grid.groups} x {grid.tensor} devices, {mib:g} MiB"
         for way, time in times.items():
@@ -338,7 +332,7 @@ def layer_rows(setting: Setting, grid: Grid, shared: dict[str, Any]) -> Iterator
         sent, uncounted = collective_bytes(text)
         made[label] = {"error": error, "collectives": counted(text), "made_bytes": sent, "in_loops": uncounted}
         calls[label] = lambda run=run, args=(layer, here): run(*args)
-    times = paired(setting, calls)
+    times = in_turn(setting, calls)
     first = next(iter(times))
     for label, time in times.items():
         yield ResultRow(

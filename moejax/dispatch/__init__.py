@@ -14,8 +14,8 @@ A dispatcher (seam 4) is chosen by ``moe.dispatcher``:
 
 It ``send``s tokens as rows in order of expert, and ``give``s ``back`` what experts made of them. ``plans`` says where
 every pair goes, ``rows`` gathers and sums (``wide``: over many columns of which few are valid), ``exchange`` moves rows
-between ranks, ``expert_parallel`` joins them; ``ranks`` is what limits see of all this; ``shards`` is the only place of
-the project that enters ``jax.shard_map``.
+between ranks as ``exchange_plans`` say, ``expert_parallel`` joins them; ``ranks`` is what limits see of all this;
+``shards`` is the only place of the project that enters ``jax.shard_map``.
 
 Letters: T tokens, D model, R routing rows, K choices per row, P rows for the experts, E experts.
 """

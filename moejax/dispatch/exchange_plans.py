@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.dispatch.exchange import by_expert, permuted
-from moejax.dispatch.plans import local_plan
+from moejax.dispatch.plans import local_plan, placed
 from moejax.dispatch.shards import AXIS
 from moejax.routing import computing
 from moejax.types import DispatchPlan, ExchangePlan, Routing, TokenExchangePlan
@@ -85,9 +85,9 @@ def token_exchange_plan(
     token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
     flat = jnp.arange(num_tokens * ranks, dtype=jnp.int32).reshape(row.shape)
     tokens = DispatchPlan(
-        token_of_row=_placed(row, jnp.broadcast_to(token, row.shape), ranks * rows, num_tokens),
+        token_of_row=placed(row, jnp.broadcast_to(token, row.shape), ranks * rows, num_tokens),
         row_of_pair=row.astype(jnp.int32),
-        pair_of_row=_placed(row, flat, ranks * rows, row.size),
+        pair_of_row=placed(row, flat, ranks * rows, row.size),
         group_sizes=jnp.sum(goes, axis=0, dtype=jnp.int32),
         token=None,
         overflow=jnp.int32(0),
@@ -104,7 +104,7 @@ def token_exchange_plan(
     here = jnp.where(codes >= 0, jnp.arange(ranks)[:, None] * (rows * most) + codes, pairs).reshape(-1)
     place_of_row, row_of_place = by_expert(received, capacity)
     pair_of_row = here.at[place_of_row].get(mode="fill", fill_value=pairs)
-    row_of_pair = _placed(here, row_of_place, pairs, ranks * capacity)
+    row_of_pair = placed(here, row_of_place, pairs, ranks * capacity)
     of_experts = DispatchPlan(
         token_of_row=pair_of_row // most,
         row_of_pair=row_of_pair.reshape(ranks * rows, most),
@@ -132,13 +132,4 @@ def weight_here(weight: Float[Array, "R K"], plan: TokenExchangePlan, axis: str 
     with jax.named_scope("communicate"):
         came = jax.lax.all_to_all(sent, axis, 0, 0, tiled=True)
     pairs = plan.rows.row_of_pair
-    return _placed(plan.pair_of_place, came, pairs.size, 0).reshape(pairs.shape)
-
-
-def _placed(place: Int[Array, "..."], value: Array, size: int, empty: int) -> Array:
-    """``[size]`` with each value at its place, ``empty`` elsewhere; out of bounds is nowhere, no other place is there
-    twice."""
-    place, filled = place.reshape(-1), jnp.full_like(value, empty, shape=(size,))
-    # All of them are told apart, those out of bounds too: a scatter that may not write twice needs no atomics.
-    place = jnp.where(place < size, place, size + jnp.arange(place.shape[0]))
-    return filled.at[place].set(value.reshape(-1), mode="drop", unique_indices=True)
+    return placed(plan.pair_of_place, came, pairs.size, 0).reshape(pairs.shape)

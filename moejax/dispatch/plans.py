@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from moejax.routing import computing, count_by_expert
 from moejax.types import DispatchPlan, Routing, SoftRouting
@@ -61,3 +62,12 @@ def dense_plan(routing: Routing, num_tokens: int) -> DispatchPlan:
 
 
 PLANS: dict[str, Callable[[Routing, int], DispatchPlan]] = {"local": local_plan, "dense": dense_plan}
+
+
+def placed(place: Int[Array, "..."], value: Array, size: int, empty: int) -> Array:
+    """``[size]`` with each value at its place, ``empty`` elsewhere; out of bounds is nowhere, no other place is there
+    twice."""
+    place, filled = place.reshape(-1), jnp.full_like(value, empty, shape=(size,))
+    # All of them are told apart, those out of bounds too: a scatter that may not write twice needs no atomics.
+    place = jnp.where(place < size, place, size + jnp.arange(place.shape[0]))
+    return filled.at[place].set(value.reshape(-1), mode="drop", unique_indices=True)

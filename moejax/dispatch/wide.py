@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax.dispatch.plans import placed
+
 BLOCK = 8
 """Columns that are summed together."""
 NARROW = 16
@@ -66,8 +68,8 @@ def wide_sum(
     token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
     size = tokens * blocks * BLOCK
     place = jnp.where(held, token * (blocks * BLOCK) + before - 1, size)
-    row = _placed(place, row_of_pair, size, rows).reshape(tokens, blocks, BLOCK)
-    weight = _placed(place, weight.astype(jnp.float32), size, 0).reshape(tokens, blocks, BLOCK)
+    row = placed(place, row_of_pair, size, rows).reshape(tokens, blocks, BLOCK)
+    weight = placed(place, weight.astype(jnp.float32), size, 0).reshape(tokens, blocks, BLOCK)
 
     total = _sum(ys, row[:, 0], weight[:, 0])
     if listed:
@@ -75,7 +77,7 @@ def wide_sum(
         start = jnp.cumsum(further) - further
         block = jnp.arange(1, blocks, dtype=jnp.int32)
         place = jnp.where(block <= further[:, None], start[:, None] + block - 1, listed)
-        source = _placed(place, token * blocks + block, listed, tokens * blocks)
+        source = placed(place, token * blocks + block, listed, tokens * blocks)
         row, weight = row.reshape(-1, BLOCK), weight.reshape(-1, BLOCK)
         made = _sum(ys, _read(row, source, rows), _read(weight, source, 0))
         # Made once: fused into the sum below, each block would be made again for each token.
@@ -83,11 +85,6 @@ def wide_sum(
         for i in range(blocks - 1):
             total = total + _read(made, place[:, i], 0)
     return total.astype(ys.dtype)
-
-
-def _placed(place: Array, value: Array, size: int, otherwise: int) -> Array:
-    """``[size]`` with each value at its place; out of bounds is nowhere, and no other place is there twice."""
-    return jnp.full_like(value, otherwise, shape=size).at[place.reshape(-1)].set(value.reshape(-1), mode="drop")
 
 
 def _sum(ys: Array, row: Array, weight: Array) -> Array:
