@@ -96,7 +96,7 @@ def flight_of(layer: MoELayer, x: Any, in_force: tuple[Limit, ...]) -> InFlight:
 def compiled(jobs: Mapping[Any, tuple[Callable[..., Any], tuple]]) -> dict[Any, Callable[..., Any]]:
     """The programs of functions on their arguments, compiled beside one another."""
     lowered = {name: jax.jit(fn).lower(*arguments) for name, (fn, arguments) in jobs.items()}
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
         made = pool.map(lambda one: one.compile(), lowered.values())
         return dict(zip(lowered, made, strict=True))
 

@@ -4,6 +4,7 @@ Letters: T tokens, E experts, L layers.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from moejax.types import Limit
 BUDGETS = (1.0, 1.5)
 EXPERT_LEVEL = ("token drop", "expanded drop", "expanded drop, top-k first")
 """Arms of ``capacity_settings.ARMS`` that cap each expert."""
+FAMILIES = ("token_drop", "expanded_drop", "others", "topk_first")
+"""Of arms, in the order in which they are measured."""
+TOGETHER = 2
+"""Families whose programs are compiled beside one another, and that take turns."""
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -38,8 +43,8 @@ def lower_ks(k: int) -> list[int]:
 BASE = dataclasses.replace(NONE, facts={"arm": capacity_settings.BASELINE})
 
 
-def families(k: int, factors: list[float]) -> list[list[Arm]]:
-    """The arms, in families that are measured one after the other, each beside :data:`BASE`."""
+def families(k: int, factors: list[float]) -> dict[str, list[Arm]]:
+    """The arms of each of :data:`FAMILIES`; :data:`BASE` is measured beside all of them."""
 
     def arm(name: str, limit: Limit, factor: float | None = None) -> Arm:
         label = name if factor is None else capacity_settings.row_name(name, factor)
@@ -52,7 +57,7 @@ def families(k: int, factors: list[float]) -> list[list[Arm]]:
     others.append(arm("measured budget", limits.measured_budget()))
     others += [Arm(f"top-{fewer} of {k}", k=fewer, facts={"arm": "lower top-k"}) for fewer in lower_ks(k)]
     others.append(Arm("replication", copies=True, facts={"arm": "replication"}))
-    return [token, expanded, others, top_first]
+    return dict(zip(FAMILIES, (token, expanded, others, top_first), strict=True))
 
 
 # --- popularity -----------------------------------------------------------------------------------
@@ -150,6 +155,7 @@ def solve_means(share: Float[np.ndarray, "E"], k: int, scale: float, samples: in
 class How:
     """How to measure."""
 
+    families: list[str]
     factors: list[float]
     model_factors: list[float]
     loads: str
@@ -164,14 +170,15 @@ class How:
 
 
 def layer_rows(setting: Setting, mesh: Mesh, how: How, shared: dict[str, Any]) -> Iterator[ResultRow]:
-    """A row for each arm, family by family."""
+    """A row for each arm, some families after the others."""
     loads = loads_of(setting, how.loads, mesh.size)
     layer = drop_scores.make_layer(setting)
     tokens = drop_scores.make_tokens(setting, mesh.size * setting.tokens, means=loads.means(loads.single))
-    for family in families(setting.moe.router.k, how.factors):
-        if not how.room(f"{setting.name}, {family[0].label} and what is like it"):
+    of_family = families(setting.moe.router.k, how.factors)
+    for names in itertools.batched(how.families, TOGETHER):
+        if not how.room(f"{setting.name}, {' and '.join(names)}"):
             continue
-        arms = [BASE, *family]
+        arms = [BASE, *itertools.chain.from_iterable(of_family[name] for name in names)]
         found, wrong = rank_layers.on_ranks(setting, layer, tokens, arms, mesh, how.repeats, how.target_ms)
         how.wrong.extend(f"{setting.name}, {label}: {why}" for label, why in wrong.items())
         if BASE.label not in found:

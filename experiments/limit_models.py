@@ -81,13 +81,13 @@ def with_moe(model: Decoder, k: int = 0, **changes: Any) -> Decoder:
 
 
 def model_rows(setting: Setting, mesh: Mesh, how: How, shared: dict[str, Any]) -> Iterator[ResultRow]:
-    """Prefill of a whole model, a row for each arm but those of the last family."""
+    """Prefill of a whole model, a row for each arm but those of "topk_first"."""
     ranks, experts = mesh.size, setting.moe.num_experts
     loads = loads_of(setting, how.loads, ranks)
     model = model_of(setting, how, loads)
     config = model.config
-    *measured, _ = families(config.moe.router.k, how.model_factors)
-    arms = [BASE, *(arm for family in measured for arm in family)]
+    of_family = families(config.moe.router.k, how.model_factors)
+    arms = [BASE, *(arm for name in how.families if name != "topk_first" for arm in of_family[name])]
     batch, context = (ranks, 16) if how.tiny else (ranks * BATCH, CONTEXT)
     tokens = jnp.asarray(prompts(config, batch, context))
     virtual = {arm.kind: with_moe(model, arm.k, virtual_ranks=ranks) for arm in arms}
@@ -134,12 +134,13 @@ def model_rows(setting: Setting, mesh: Mesh, how: How, shared: dict[str, Any]) -
         mine, (speedup, interval) = counts[arm.label], gain(times[BASE.label], times[arm.label])
         speed, spans = per_second(batch * context, times[arm.label].seconds)
         after, kept = sum(c.work.max() for c in mine), sum(c.kept for c in mine)
+        moe = arguments[arm.label][0].config.moe
         facts: dict[str, Any] = times[arm.label].fields() | rank_layers.predicted(speedup, after, before) | spans | {
             "predicted_by_layer": [float(b.work.max() / max(a.work.max(), 1)) for a, b in zip(mine, none, strict=True)],
             "drop_rate": 1 - kept / routed, "added_share": (sum(c.work.sum() for c in mine) - kept) / routed,
             **{name: float(np.mean([skew[name] for skew in skews])) for name in skews[0]},
-            "tokens_per_s": speed, "ep_buffer_factor": arguments[arm.label][0].config.moe.ep_buffer_factor,
-            "error": errors[arm.label], "ranks": ranks, "layers": config.num_layers, "batch": batch,
-            "context": context,
+            "tokens_per_s": speed, "ep_buffer_factor": moe.ep_buffer_factor,
+            "sent": rank_layers.sent(moe, batch * context // ranks, ranks), "error": errors[arm.label], "ranks": ranks,
+            "layers": config.num_layers, "batch": batch, "context": context,
         }  # fmt: skip
         yield row_of(shared, setting, loads, arm, "prefill", speedup, interval, facts)

@@ -1,18 +1,19 @@
 """Times capacity limits (Capacity-Aware Inference, 2503.05066) on the devices of one host, against the capacity factor.
 
     python -m experiments.limit_speed --shape=olmoe,mixtral --output=rows.jsonl [--parts=layer,model] [--devices=2]
-        [--factors=2,1.5,1,0.75,0.5] [--loads=paper] [--tokens=8192] [--seconds=150] [--tiny]
+        [--families=token_drop,expanded_drop] [--factors=2,1.5,1,0.75,0.5] [--loads=paper] [--tokens=8192]
+        [--seconds=150] [--tiny]
 
 All devices are ranks of one expert axis, each with its own tokens and its run of the experts in their natural order, so
-every layer waits for the busiest rank. Arms: no limit; Token Drop by score; Expanded Drop in the paper's form and in
-the one that never displaces a token's own pair; a budget for each device; the measured budget; fewer experts per token;
-and, exact, copies of the busiest experts (EPLB), stored.
+every layer waits for the busiest rank. Arms, by ``--families``: no limit, beside each; Token Drop by score; Expanded
+Drop in the paper's form and (``topk_first``) in the one that never displaces a token's own pair; ``others``: a budget
+for each device, the measured budget, fewer experts per token, and, exact, copies of the busiest experts (EPLB), stored.
 
 ``layer``
     An MoE layer: router, limit, dispatch, exchange, experts, combine; its split from a profile.
 ``model``
     Prefill of a whole random model (``--layers`` of it; of the first of ``--shape``, after all layers), at
-    ``--model_factors``.
+    ``--model_factors``, without ``topk_first``.
 
 Work is counted by as many virtual ranks on one device, and outputs are compared with theirs before anything is timed.
 The *predicted* speed-up of an arm is the busiest rank's work without a limit over that with it; a row says what share
@@ -22,7 +23,8 @@ in these rows.
 ``--loads`` says how popular the experts are: as in ``experiments/drop_scores.py`` (the default); ``paper``, with the
 max/mean of experts that the paper observed (7 OLMoE, 3 Mixtral), in random order; or a trace of ``experiments.trace``,
 whose loads they get: the layer those of the trace's layer with the median skew of ranks, a model's layer i those of
-layer i mod L. Where the trace has fewer experts, each stands for as many neighbours.
+layer i mod L. Where the trace has fewer experts, each stands for as many neighbours. In a whole model what the random
+layers before have computed moves the logits too, and makes loads more skewed than that; rows say how skewed they were.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from jax.sharding import Mesh
 
 from experiments import drop_scores, rank_layers, session
 from experiments.drop_scores import SHAPES, Setting
-from experiments.limit_layers import How, layer_rows, loads_of
+from experiments.limit_layers import FAMILIES, How, layer_rows, loads_of
 from experiments.limit_models import model_rows
 from moejax.config import ConfigError, config_hash
 from moejax.results import ResultRow, append_rows
@@ -52,6 +54,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     given: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_list("shape", ["olmoe"], f"Layers, in this order: {', '.join(SHAPES)}.", **given)
     flags.DEFINE_list("parts", list(PARTS), f"Of {', '.join(PARTS)}.", **given)
+    flags.DEFINE_list("families", list(FAMILIES), f"Of arms: {', '.join(FAMILIES)}.", **given)
     flags.DEFINE_list("factors", ["2", "1.5", "1", "0.75", "0.5"], "Capacity factors of the layer's arms.", **given)
     flags.DEFINE_list("model_factors", ["1.5", "1", "0.5"], "Capacity factors of the whole model's arms.", **given)
     flags.DEFINE_string("loads", "", "Experts' popularity: a trace's file, or 'paper'; '': the shape's.", **given)
@@ -80,7 +83,10 @@ def command(values: flags.FlagValues) -> int:
     begin = time.monotonic()
     if not values.output:
         raise ConfigError("--output is needed: the results file to append to")
-    for flag, given, known in (("shape", values.shape, tuple(SHAPES)), ("parts", values.parts, PARTS)):
+    for flag, given, known in (
+        ("shape", values.shape, tuple(SHAPES)), ("parts", values.parts, PARTS),
+        ("families", values.families, FAMILIES),
+    ):  # fmt: skip
         if not given or not set(given) <= set(known):
             raise ConfigError(f"--{flag}={','.join(given)}: choose of {', '.join(known)}")
     session.check_output(values.output)
@@ -95,8 +101,9 @@ def command(values: flags.FlagValues) -> int:
         return True
 
     how = How(
-        factors_of("factors", values.factors), factors_of("model_factors", values.model_factors), values.loads,
-        values.layers, values.repeats, values.target_ms, values.tiny, room,
+        list(dict.fromkeys(values.families)), factors_of("factors", values.factors),
+        factors_of("model_factors", values.model_factors), values.loads, values.layers, values.repeats,
+        values.target_ms, values.tiny, room,
     )  # fmt: skip
     for setting in settings:
         loads_of(setting, how.loads, mesh.size)  # what it refuses is refused before anything is measured

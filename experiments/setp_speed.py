@@ -407,7 +407,7 @@ def command(values: flags.FlagValues) -> int:
     shared = session.row_facts(PAPER, TABLE)
 
     def measured() -> Iterator[ResultRow]:
-        for mib in values.mib:
+        for mib in values.mib if set(values.measure) - {"layer"} else ():
             yield from bandwidth_rows(setting, grid, float(mib), values.factor, values.measure, shared)
         if "layer" in values.measure:
             yield from layer_rows(setting, grid, shared)

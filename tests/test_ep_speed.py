@@ -131,7 +131,8 @@ def test_the_page_shows_the_committed_rows():
     value = {(row.row, row.metric): row.value for row in rows}
     for label, shown in (
         *((f"padded, {sent}, uniform, fits, {mib} MiB",) * 2 for sent in ("pairs", "tokens") for mib in (64, 256)),
-        ("padded, uniform, fits, 64 MiB, NCCL_P2P_DISABLE=1", ""), ("ragged, uniform, fits, 64 MiB", ""),
+        *((f"padded, {sent}, uniform, fits, 64 MiB, NCCL_P2P_DISABLE=1",) * 2 for sent in ("pairs", "tokens")),
+        ("ragged, uniform, fits, 64 MiB", ""),
     ):  # fmt: skip
         parts = ("transfer", "packed", "send", "back") if shown else ("transfer", "packed", "send")
         shares = [value[label, f"share of plain all-to-all/{what}"] for what in parts]

@@ -64,7 +64,7 @@ def test_counts_are_those_of_a_loop(copied: bool):
 
 
 def test_arms_are_those_of_the_tables_at_the_factors():
-    arms = [arm for family in limit_layers.families(8, [1.5, 0.5]) for arm in family]
+    arms = [arm for family in limit_layers.families(8, [1.5, 0.5]).values() for arm in family]
     assert len({arm.label for arm in arms}) == len(arms)
     for name in limit_layers.EXPERT_LEVEL:
         mine = [arm for arm in arms if arm.facts["arm"] == name]
@@ -126,14 +126,15 @@ def test_loads_of_a_trace(recorded: Path):
 def test_rows_of_a_layer_and_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Path):
     families = limit_layers.families
 
-    def few(k: int, factors: list[float]) -> list[list[rank_layers.Arm]]:
-        token, expanded, others, _ = families(k, factors)
-        return [[*token, *expanded, others[-2], others[-1]], []]
+    def few(k: int, factors: list[float]) -> dict[str, list[rank_layers.Arm]]:
+        made = families(k, factors)
+        return made | {"others": made["others"][-2:]}
 
-    monkeypatch.setattr(limit_layers, "families", lambda k, factors: few(k, factors)[:1])
+    monkeypatch.setattr(limit_layers, "families", few)
     monkeypatch.setattr(limit_models, "families", few)
     output = tmp_path / "rows.jsonl"
-    assert run(output, "--factors=1", "--model_factors=1", "--layers=2", f"--loads={recorded}") == 0
+    some = ["--families=token_drop,expanded_drop,others", "--factors=1", "--model_factors=1", "--layers=2"]
+    assert run(output, *some, f"--loads={recorded}") == 0
     rows = {(row.metric, row.extra["method"]): row for row in read_rows(output)}
     for metric in ("speedup/layer", "speedup/prefill"):
         none, token, expanded, lower, copies = (
@@ -146,7 +147,8 @@ def test_rows_of_a_layer_and_of_a_model(tmp_path: Path, monkeypatch: pytest.Monk
         for row in (token, lower, copies):
             assert row.extra["predicted"] == row.extra["busiest_before"] / row.extra["busiest_after"] > 1
         assert all(row.published is None and "trace.npz" in row.row for row in (none, token, expanded))
-    assert rows["speedup/prefill", "replication"].extra["layers"] == 2
+        assert {row.extra["sent"] for row in (none, token, copies)} == {"tokens"}
+    assert len(rows) == 10 and rows["speedup/prefill", "replication"].extra["layers"] == 2
 
 
 @pytest.mark.slow  # the same comparison: the test before
@@ -173,6 +175,7 @@ def test_counts_of_real_ranks_are_those_of_virtual_ones():
     [
         (["--shape=gpt"], "--shape=gpt: choose of olmoe"),
         (["--parts=layers"], "--parts=layers: choose of layer, model"),
+        (["--families=drops"], "--families=drops: choose of token_drop, expanded_drop, others, topk_first"),
         (["--factors=0"], "--factors=0: capacity factors, above 0"),
         (["--model_factors=1,much"], "--model_factors=1,much: capacity factors, above 0"),
         (["--devices=1"], "1 devices: olmoe needs two or more"),

@@ -37,6 +37,21 @@ def test_what_travels():
     assert "takes {:.3f} ms instead of {:.3f} ms".format(*times) in text
     skewed = [value(found[f"padded, tokens, dirichlet5, fits, {mib} MiB", "packed"]) for mib in (64, 256)]
     assert "tokens reach {} and {} packed".format(*map(percent, skewed)) in text
+    slow = {name: row for name, row in found.items() if "NCCL_P2P_DISABLE=1" in name[0]}
+    assert {row.commit[:7] for row in slow.values()} == {"9840eda"} and "of one of `9840eda`" in text
+    without = "uniform, fits, 64 MiB, NCCL_P2P_DISABLE=1"
+    for sent in ("pairs", "tokens"):
+        assert value(slow[f"padded, {sent}, {without}", "transfer"]) > 0.85
+        assert value(slow[f"padded, {sent}, {without}", "packed"]) > 0.7
+    times = [found[name, "transfer"].extra["median_ms"] for name in
+             ("plain, 64 MiB, NCCL_P2P_DISABLE=1", "plain, 64 MiB", f"padded, tokens, {without}")]  # fmt: skip
+    shown = "a plain all-to-all takes {:.3f} ms instead of {:.3f} ms. Packing is little beside that, and tokens, which "
+    assert (shown + "send a quarter of the rows, take {:.3f} ms").format(*times) in text
+    rows_of = [slow[f"padded, {sent}, {without}", "transfer"].extra["sent_rows"] for sent in ("tokens", "pairs")]
+    assert 0.24 < rows_of[0] / rows_of[1] < 0.26
+    skewed = [percent(value(slow[f"padded, {sent}, dirichlet5, fits, 64 MiB, NCCL_P2P_DISABLE=1", what]))
+              for sent in ("pairs", "tokens") for what in ("transfer", "packed")]  # fmt: skip
+    assert "pairs reach {} and {} packed there, tokens {} and {}.".format(*skewed) in text
     for mib in (64, 256):
         for sent in ("pairs", "tokens"):
             assert value(found[f"padded, {sent}, uniform, fits, {mib} MiB", "transfer"]) > 0.85
@@ -70,26 +85,53 @@ def test_row_gathers():
 
 def test_speed_of_limits_on_two_devices():
     text, rows = page("limits.md"), results("capacity_aware_h200x2")
-    at = {row.row.replace(", the paper's skew", ""): row for row in rows}
+    at = {(row.metric.removeprefix("speedup/"), row.row): row for row in rows}
     both = lambda row: f"{row.extra['predicted']:.2f}, {row.value:.2f}"  # noqa: E731
-    columns = ("olmoe, token drop", "olmoe, expanded drop", "olmoe, expanded drop, top-k first", "mixtral, token drop")
+    full = lambda row: f"{percent(row.extra['drop_rate'])}: {both(row)}"  # noqa: E731
+    paper = lambda model, arm: at["layer", f"{model}, the paper's skew, {arm}"]  # noqa: E731
+    trained = lambda model, arm: at["layer", f"{model}, loads of {model}_like.npz, {arm}"]  # noqa: E731
+    whole = lambda arm: at["prefill", f"olmoe, loads of olmoe_like.npz, {arm}"]  # noqa: E731
+    levels = ("token drop", "expanded drop", "expanded drop, top-k first")
     for factor in ("2", "1.5", "1", "0.5"):
-        cells = " | ".join(both(at[f"{column}, factor {factor}"]) for column in columns)
-        assert f"| {factor} | {cells} |" in text
-    for label, name in (
-        ("device budget, factor 1", "device budget, factor 1"), ("device budget, factor 1.5",) * 2,
-        ("measured budget",) * 2, ("top-6 of 8",) * 2, ("top-4 of 8",) * 2,
-        ("replication, one copy a rank", "replication"),
+        arms = [f"{level}, factor {factor}" for level in levels]
+        assert f"| {factor} | {' | '.join(both(paper(m, arm)) for m in ('olmoe', 'mixtral') for arm in arms)} |" in text
+        cells = [both(trained(m, arm)) for m in ("olmoe", "mixtral") for arm in arms[:2]]
+        cells += [both(whole(arm)) if factor in ("1.5", "1") else "-" for arm in arms[:2]]
+        assert f"| {factor} | {' | '.join(cells)} |" in text
+    for label, olmoe, mixtral in (
+        *((name, name, name) for name in ("device budget, factor 1", "device budget, factor 1.5", "measured budget")),
+        ("top-6 of 8", "top-6 of 8", ""), ("top-4 of 8; top-1 of 2", "top-4 of 8", "top-1 of 2"),
+        ("replication, one copy a rank", "replication", "replication"),
     ):  # fmt: skip
-        row = at[f"olmoe, {name}"]
-        shown = f"{percent(row.extra['drop_rate'])} | {row.extra['predicted']:.2f} | {row.value:.2f}"
-        assert f"| {label} | {shown} |" in text
-    commits = {row.row.partition(",")[0]: row.commit[:7] for row in rows}
-    assert commits == {"olmoe": "8ffa1dd", "mixtral": "c52abb0"}
-    assert "OLMoE at commit `8ffa1dd`, where tokens travel; Mixtral at `c52abb0`, where pairs did" in text
-    skews = [at[f"{model}, none"].extra["max_over_mean"] for model in ("olmoe", "mixtral")]
-    assert "over the two ranks {:.2f} and {:.2f}".format(*skews) in text
-    none, one = (at[f"olmoe, {arm}"].extra for arm in ("none", "expanded drop, factor 1"))
+        cells = []
+        for skew in (paper, trained):
+            cells += [full(skew("olmoe", olmoe)), full(skew("mixtral", mixtral)) if mixtral else "-"]
+        assert f"| {label} | {' | '.join([*cells, full(whole(olmoe))])} |" in text
+    for row in rows:
+        old = {"olmoe, the paper's skew": "8ffa1dd", "mixtral, the paper's skew, token drop, factor 0.75": "c52abb0"}
+        assert row.commit[:7] == next((to for name, to in old.items() if row.row.startswith(name)), "9840eda")
+        assert row.dirty is (True if row.commit[:7] == "9840eda" else None)
+    assert "under the paper's skew at commit `8ffa1dd`, all else at `9840eda` with changes of the benchmark" in text
+
+
+def test_what_the_speed_of_limits_says():
+    text, rows = page("limits.md"), results("capacity_aware_h200x2")
+    at = {(row.metric.removeprefix("speedup/"), row.row): row for row in rows}
+    paper = lambda model, arm: at["layer", f"{model}, the paper's skew, {arm}"]  # noqa: E731
+    trained = lambda model, arm: at["layer", f"{model}, loads of {model}_like.npz, {arm}"]  # noqa: E731
+    whole = lambda arm: at["prefill", f"olmoe, loads of olmoe_like.npz, {arm}"]  # noqa: E731
+    models = ("olmoe", "mixtral")
+    skews = [paper(model, "none").extra["max_over_mean"] for model in models]
+    assert "is over the two ranks {:.2f} and {:.2f}".format(*skews) in text
+    skews = [trained(model, "none").extra[f"max_over_mean{of}"] for of in ("_experts", "") for model in models]
+    assert "max/mean is {:.2f} and {:.2f} over experts, and {:.2f} and {:.2f} over two ranks".format(*skews) in text
+    none = whole("none").extra
+    assert f"{none['layers']} layers, {none['batch']} rows of {none['context']:,} tokens" in text
+    assert f"{none['median_ms']:.1f} ms without a limit" in text
+    skews = [none[f"max_over_mean{of}"] for of in ("_experts", "")]
+    assert "(max/mean {:.2f} over experts, {:.2f} over ranks, mean of the layers)".format(*skews) in text
+
+    none, one = (paper("olmoe", arm).extra for arm in ("none", "expanded drop, factor 1"))
     assert f"without a limit takes {none['median_ms']:.2f} ms" in text
     assert f"at factor 1 {one['median_ms']:.2f} ms" in text
     assert f"computes its experts {one['experts_speedup']:.2f} times as fast" in text
@@ -97,14 +139,52 @@ def test_speed_of_limits_on_two_devices():
     assert "combine takes {:.2f} ms instead of {:.2f} ms".format(*combine) in text
     limit = sum(one["split_ms"][part] - none["split_ms"][part] for part in ("route", "other"))
     assert f"the limit itself about {limit:.2f} ms" in text
-    assert value(at["olmoe, expanded drop, factor 1"]) < 1 < value(at["olmoe, expanded drop, factor 0.5"])
-    assert f"costs {percent(1 - value(at['olmoe, device budget, factor 1.5']), 0)}" in text
-    top = at["olmoe, top-6 of 8"]
-    assert f"({percent(top.extra['share_of_predicted'], 0)} of it at top-6)" in text
-    assert value(top) > value(at["olmoe, token drop, factor 1.5"])
-    assert not [row for name, row in at.items() if name.startswith("mixtral") and "token drop" not in name
-                and name != "mixtral, none"]  # fmt: skip
-    assert {row.metric for row in rows} == {"speedup/layer"}
+
+    factors = ("2", "1.5", "1", "0.5")
+    shares = [paper("mixtral", f"token drop, factor {f}").extra["share_of_predicted"] for f in factors]
+    assert f"comes to {percent(min(shares), 0)[:-2]} to {percent(max(shares), 0)} of what is predicted" in text
+    none, one = (paper("mixtral", arm).extra for arm in ("none", "token drop, factor 1"))
+    mine, total = none["work_by_rank"][0], sum(none["work_by_rank"])
+    assert f"which has {mine:,.0f} of the {total:,.0f} pairs" in text
+    parts = [none["median_ms"], none["split_ms"]["experts"], none["split_ms"]["communicate"]]
+    assert "of {:.2f} ms its experts take {:.2f} ms, and {:.2f} ms are in the exchange".format(*parts) in text
+    parts = [one["median_ms"], one["split_ms"]["experts"], one["split_ms"]["communicate"]]
+    assert "takes {:.2f} ms, {:.2f} ms in the experts and {:.2f} ms in the exchange".format(*parts) in text
+
+    for skew in (paper, trained):
+        for model in models:
+            for factor in factors:
+                token, expanded = (skew(model, f"{arm} drop, factor {factor}") for arm in ("token", "expanded"))
+                if (skew, model, factor) == (trained, "mixtral", "0.5"):
+                    assert token.interval is not None and token.interval[0] < value(expanded) < token.interval[1]
+                else:
+                    assert value(expanded) < value(token)
+                if model == "olmoe":
+                    assert (value(expanded) > 1) == (factor == "0.5")
+                elif skew is paper:
+                    assert (value(expanded) > 1) == (factor != "2")
+    assert all(trained(model, "token drop, factor 1.5").extra["drop_rate"] == 0 for model in models)
+    costs = [percent(1 - value(trained(model, "token drop, factor 1.5")), 0) for model in models]
+    assert "costs {} of OLMoE's layer and {} of Mixtral's".format(*costs) in text
+    half = [(trained(m, "token drop, factor 0.5"), trained(m, top)) for m, top in
+            (("olmoe", "top-4 of 8"), ("mixtral", "top-1 of 2"))]  # fmt: skip
+    assert all(abs(row.extra["drop_rate"] - 0.5) < 1e-3 for pair in half for row in pair)
+    shown = [f"{value(row):.2f}" for pair in half for row in pair]
+    assert "is {} times as fast and top-4 of 8 {} times (Mixtral, top-1 of 2: {} and {})".format(*shown) in text
+    token, top, copies = (paper("mixtral", arm) for arm in ("token drop, factor 1", "top-1 of 2", "replication"))
+    assert f"drops {percent(token.extra['drop_rate'])} of the pairs and is {value(token):.2f} times as fast" in text
+    assert f"drops {percent(top.extra['drop_rate'])} and is {value(top):.2f} times" in text
+    assert f"copies drop nothing and are {value(copies):.2f} times" in text and copies.extra["drop_rate"] == 0
+    token, expanded, top, copies = (
+        whole(arm) for arm in ("token drop, factor 1", "expanded drop, factor 1", "top-6 of 8", "replication")
+    )
+    assert f"at 1 is {value(token):.2f} times as fast, where the busiest rank's work predicts" in text
+    assert f"work predicts {token.extra['predicted']:.2f}; Expanded Drop gains nothing" in text and value(expanded) < 1
+    assert f"top-6 of 8 is {value(top):.2f} times as fast and copies" in text
+    assert f"which lose nothing, {value(copies):.2f} times" in text
+    # What is not measured.
+    assert not [row for (what, name), row in at.items() if what == "prefill" and "loads of olmoe_like" not in name]
+    assert {row.extra["ranks"] for row in rows} == {2}
 
 
 def test_limits_of_the_lab_model():

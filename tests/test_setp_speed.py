@@ -109,6 +109,14 @@ def test_a_layer_and_whole_trips_are_checked_and_timed(tmp_path: Path):
     assert true_tokens["collectives"] == {"all-to-all": 4, "all-reduce": true_tokens["in_loops"]}
 
 
+def test_a_layer_alone_exchanges_no_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr(setp_speed, "bandwidth_rows", lambda *args: asked.append("bandwidth") or [])
+    monkeypatch.setattr(setp_speed, "layer_rows", lambda *args: asked.append("layer") or [])
+    assert run(tmp_path / "rows.jsonl", "--devices=4", "--measure=layer") == 0 and asked == ["layer"]
+    assert run(tmp_path / "rows.jsonl", "--devices=4", "--measure=trip") == 0 and asked == ["layer", "bandwidth"]
+
+
 def test_what_does_not_come_back_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     """Each part of an expert swapped with that of its neighbour in the group."""
     spread = setp_speed.Grid.spread
