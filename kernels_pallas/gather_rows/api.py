@@ -36,7 +36,11 @@ COMBINE_ROWS = Operation(
 
 
 def gather_rows(
-    x: Float[Array, "N D"], index: Int[Array, "R"], *, implementation: Implementation = None
+    x: Float[Array, "N D"],
+    index: Int[Array, "R"],
+    count: Int[Array, ""] | None = None,
+    *,
+    implementation: Implementation = None,
 ) -> Float[Array, "R D"]:
     """out[r] = x[index[r]], bit by bit; zeros where the index is out of bounds. As in NumPy, -1 is the last row.
 
@@ -46,6 +50,8 @@ def gather_rows(
     Args:
         x: rows to choose from.
         index: integers, on the device; other values never recompile.
+        count: how many leading rows of the result are asked for, on the device: the others may hold anything, and need
+            not be copied. None: all.
         implementation: None (the platform's order), a back end's name, or names to try in order.
 
     Raises:
@@ -57,7 +63,9 @@ def gather_rows(
             f"x.shape={x.shape} must be [N, D], and index, of shape {index.shape} and dtype {index.dtype}, "
             "must be [R] integers: flatten the others beforehand"
         )
-    return GATHER_ROWS.select(implementation, x, index).run(x, index)
+    if count is not None and (count.ndim != 0 or not jnp.issubdtype(count.dtype, jnp.integer)):
+        raise ValueError(f"count of shape {count.shape} and dtype {count.dtype} must be one integer, or None")
+    return GATHER_ROWS.select(implementation, x, index).run(x, index, count)
 
 
 def combine_rows(

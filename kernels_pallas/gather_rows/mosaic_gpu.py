@@ -4,6 +4,8 @@ Each block has a ring of stages of some rows. It starts a copy for each row of t
 stage is full, one copy of it to the result, where its rows are adjacent. No row goes through registers, and one
 warpgroup is enough: what it does is to start copies and to await them.
 
+Where only the leading rows are asked for, the blocks share those and leave the others as they are.
+
 Nothing is masked. A copy that lies out of the array's bounds fills with zeros and reads nothing, which is what rows
 without a source must be; and what the last stage has beyond the last row is not written. (Hopper's TMA has no gather
 of many rows in one instruction: that came with Blackwell.)
@@ -22,8 +24,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import groups
-from kernels_pallas.grouped_matmul.mosaic_gpu import backend
-from kernels_pallas.grouped_matmul.mosaic_gpu import rows as matmul_rows
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block
 
 ALIGN = 128  # bytes: TMA writes to shared memory at multiples of it
 BOX = 256  # elements that a TMA copy may have along one axis
@@ -83,8 +84,9 @@ def widest_part(columns: int, itemsize: int) -> int | None:
     return max(fits, default=None)
 
 
-def refuse(x: Any, index: Any) -> str | None:
+def refuse(x: Any, index: Any, count: Any = None) -> str | None:
     """See `dispatch.Backend`."""
+    del count
     return refuse_device() or refuse_shapes(x, index)
 
 
@@ -122,11 +124,13 @@ def in_bounds(source: Any, size: int) -> Any:
     return jnp.where((source < 0) | (source >= size), size, source)
 
 
-def _kernel(x: Any, index: Any, out: Any, ring: Any, full: Any, *, config: Config) -> None:
+def _kernel(x: Any, index: Any, *refs: Any, config: Config) -> None:
+    *leading, out, ring, full = refs
     size, count = x.shape[0], out.shape[0]
     block, stride = lax.axis_index("grid"), lax.axis_size("grid")
-    all_steps = -(-count // config.rows)
-    steps = lax.div(all_steps - block + (stride - 1), jnp.int32(stride))  # this block's
+    wanted = jnp.clip(leading[0][0], 0, count) if leading else jnp.int32(count)
+    all_steps = lax.div(wanted + (config.rows - 1), jnp.int32(config.rows))
+    steps = lax.div(jnp.maximum(all_steps - block, 0) + (stride - 1), jnp.int32(stride))  # this block's
     ahead = config.stages - config.stores
 
     def row_of(step: Any) -> Any:
@@ -162,7 +166,9 @@ def _kernel(x: Any, index: Any, out: Any, ring: Any, full: Any, *, config: Confi
     plgpu.wait_smem_to_gmem(0)
 
 
-def _call(x: Float[Array, "N D"], index: Int[Array, "R"], config: Config) -> Float[Array, "R D"]:
+def _call(
+    x: Float[Array, "N D"], index: Int[Array, "R"], leading: tuple[Int[Array, "1"], ...], config: Config
+) -> Float[Array, "R D"]:
     (size, columns), count = x.shape, index.shape[0]
     if reason := config.refuse(columns * x.dtype.itemsize):
         raise ValueError(reason)
@@ -176,14 +182,14 @@ def _call(x: Float[Array, "N D"], index: Int[Array, "R"], config: Config) -> Flo
             plgpu.SMEM((config.stages, config.rows, *row), x.dtype),
             plgpu.Barrier(num_arrivals=config.rows, num_barriers=config.stages),
         ],
-        grid=(matmul_rows.multiprocessors() * config.blocks,),
+        grid=(block.multiprocessors() * config.blocks,),
         grid_names=("grid",),
         kernel_name="gather_rows",  # in a profile
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    out = kernel(x.reshape(size, *row), index).reshape(count, columns)
+    out = kernel(x.reshape(size, *row), index, *leading).reshape(count, columns)
     # A kernel does not pass on over which mesh axes its operands vary.
-    return groups.vary(out, x, index)
+    return groups.vary(out, x, index, *leading)
 
 
 def joined(x: Array, index: Array, size: int, x_batched: bool, index_batched: bool) -> tuple[Array, Array]:
@@ -198,41 +204,53 @@ def joined(x: Array, index: Array, size: int, x_batched: bool, index_batched: bo
     return x.reshape(size * rows, x.shape[2]), jnp.where(index < rows, index + first, size * rows)
 
 
-def _batched(x: Array, index: Array, config: Config) -> Array:
+def _batched(x: Array, index: Array, leading: tuple[Array, ...], config: Config) -> Array:
     """`_call`, and what `jax.vmap` makes of it: one gather from all rows of the batch."""
     run = custom_vmap(functools.partial(_call, config=config))
 
     @run.def_vmap
-    def _(axis_size: int, in_batched: list, x: Array, index: Array) -> tuple[Array, bool]:
-        x, index = joined(x, index, axis_size, *in_batched)
-        return _batched(x, index.reshape(-1), config).reshape(*index.shape, x.shape[1]), True
+    def _(axis_size: int, in_batched: list, x: Array, index: Array, leading: tuple) -> tuple[Array, bool]:
+        del leading  # of each of the batch: all rows are copied
+        x, index = joined(x, index, axis_size, *in_batched[:2])
+        return _batched(x, index.reshape(-1), (), config).reshape(*index.shape, x.shape[1]), True
 
-    return run(x, index)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gather(x: Array, index: Array, static: _Static) -> Array:
-    return _batched(x, index, static.config)
+    return run(x, index, leading)
 
 
-def _gather_fwd(x: Array, index: Array, static: _Static) -> tuple[Array, Array]:
-    return _gather(x, index, static), index
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather(x: Array, index: Array, leading: tuple[Array, ...], static: _Static) -> Array:
+    return _batched(x, index, leading, static.config)
 
 
-def _gather_bwd(static: _Static, index: Array, dy: Array) -> tuple[Array, None]:
+def _gather_fwd(x: Array, index: Array, leading: tuple[Array, ...], static: _Static) -> tuple[Array, tuple]:
+    return _gather(x, index, leading, static), (index, *leading)
+
+
+def _gather_bwd(static: _Static, saved: tuple[Array, ...], dy: Array) -> tuple[Array, None, None]:
+    index, *leading = saved
+    if leading:  # the others are not part of the result
+        index = jnp.where(jnp.arange(index.shape[0]) < leading[0], index, static.size)
     zeros = groups.zeros((static.size, dy.shape[1]), dy.dtype, dy, index)
-    return zeros.at[index].add(dy, mode="drop"), None
+    return zeros.at[index].add(dy, mode="drop"), None, None
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def gather_rows(x: Float[Array, "N D"], index: Int[Array, "R"], *, config: Config | None = None) -> Float[Array, "R D"]:
+def gather_rows(
+    x: Float[Array, "N D"],
+    index: Int[Array, "R"],
+    count: Int[Array, ""] | None = None,
+    *,
+    config: Config | None = None,
+) -> Float[Array, "R D"]:
     """See `api.gather_rows`.
 
     Raises:
         ValueError: a configuration that does not fit the rows.
     """
-    x, index = groups.vary(x, index), groups.vary(index, x)
+    leading = () if count is None else (count.astype(jnp.int32).reshape(1),)
+    given = x, index, *leading
+    x, index, *leading = [groups.vary(a, *given) for a in given]
     config = config or default_config(x.shape[1] * x.dtype.itemsize)
-    return _gather(x, index, _Static(config, x.shape[0]))
+    return _gather(x, index, tuple(leading), _Static(config, x.shape[0]))

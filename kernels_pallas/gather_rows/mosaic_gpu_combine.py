@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.gather_rows import mosaic_gpu, ref
 from kernels_pallas.gather_rows.mosaic_gpu import Config
 from kernels_pallas.grouped_matmul import groups
-from kernels_pallas.grouped_matmul.mosaic_gpu import rows as matmul_rows
+from kernels_pallas.grouped_matmul.mosaic_gpu import block
 
 CELLS = 2  # sums on their way out
 MOST_CHOICES = 16  # the rows of a token are unrolled
@@ -117,7 +117,7 @@ def _call(
             plgpu.SMEM((CELLS, *row), ys.dtype),
             plgpu.Barrier(num_arrivals=choices, num_barriers=config.stages),
         ],
-        grid=(matmul_rows.multiprocessors() * config.blocks,),
+        grid=(block.multiprocessors() * config.blocks,),
         grid_names=("grid",),
         kernel_name="combine_rows",  # in a profile
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),

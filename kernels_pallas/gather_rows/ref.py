@@ -4,8 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def gather_rows(x: Float[Array, "N D"], index: Int[Array, "R"]) -> Float[Array, "R D"]:
-    """See `api.gather_rows`."""
+def gather_rows(
+    x: Float[Array, "N D"], index: Int[Array, "R"], count: Int[Array, ""] | None = None
+) -> Float[Array, "R D"]:
+    """See `api.gather_rows`. All rows are copied, whatever `count` is."""
+    del count
     return x.at[index].get(mode="fill", fill_value=0)
 
 

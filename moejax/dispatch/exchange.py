@@ -101,13 +101,16 @@ def by_expert(received: Int[Array, "ranks e"], capacity: int) -> tuple[Int[Array
 
 
 @jax.custom_vjp
-def permuted(x: Float[Array, "P D"], source: Int[Array, "P"], back: Int[Array, "P"]) -> Float[Array, "P D"]:
-    """``x[source]``, zeros where that is out of bounds; ``back`` is its inverse, and the gradient a gather too."""
+def permuted(
+    x: Float[Array, "P D"], source: Int[Array, "P"], back: Int[Array, "P"], count: Int[Array, ""] | None = None
+) -> Float[Array, "P D"]:
+    """``x[source]``, zeros where that is out of bounds, anything from row ``count`` on; ``back`` is its inverse, and
+    the gradient a gather too."""
     del back
-    return take(x, source)
+    return take(x, source, count)
 
 
 permuted.defvjp(
-    lambda x, source, back: (take(x, source), back),
-    lambda back, dy: (take(dy, back), None, None),
+    lambda x, source, back, count: (take(x, source, count), back),
+    lambda back, dy: (take(dy, back), None, None, None),
 )

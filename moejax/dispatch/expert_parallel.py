@@ -126,18 +126,18 @@ class ExpertParallel:
         """The rows of this rank's experts, from the tokens of one piece of every rank."""
         move = TRANSPORTS[self.transport]
         if isinstance(plan, TokenExchangePlan):
-            buffer = rows.dispatch(x, plan.tokens)
+            buffer = rows.dispatch(x, plan.tokens, to_experts=False)
             with jax.named_scope("communicate"):
                 buffer = move(buffer, *rows_by_rank(plan), AXIS)
             arrived = rows.dispatch(buffer, plan.rows)
             return rows.weighted_rows(arrived, weight_here(table.weight, plan), plan.rows) if weigh else arrived
-        buffer = rows.dispatch(x, plan.home)
+        buffer = rows.dispatch(x, plan.home, to_experts=False)
         if weigh:
             buffer = rows.weighted_rows(buffer, table.weight, plan.home)
         with jax.named_scope("communicate"):
             buffer = move(buffer, *rows_by_rank(plan), AXIS)
         capacity = plan.home.token_of_row.shape[0] // plan.received.shape[0]
-        return permuted(buffer, *by_expert(plan.received, capacity))
+        return permuted(buffer, *by_expert(plan.received, capacity), jnp.sum(plan.received))
 
     def group_sizes(self, plans: tuple[Plan, ...]) -> tuple[Array, ...]:
         """Rows of each of this rank's experts, for each piece."""

@@ -21,11 +21,15 @@ COMBINE: Implementation = "ref"
 """Who sums a token's rows, in the same way. The kernel was faster in its benchmark, and has not trained a model yet."""
 
 
-def dispatch(x: Float[Array, "T D"], plan: DispatchPlan, *, backend: str = "local") -> Float[Array, "P D"]:
-    """Gathers each row's token; rows that hold no pair are zeros."""
+def dispatch(
+    x: Float[Array, "T D"], plan: DispatchPlan, *, backend: str = "local", to_experts: bool = True
+) -> Float[Array, "P D"]:
+    """Gathers each row's token. ``to_experts``: rows past the groups, which no expert computes, may hold anything. Rows
+    without a pair are zeros elsewhere, as in buffers whose groups do not follow one another."""
     if backend == "dense" or plan.token is not None:
         return take(x, plan.token_of_row)
-    return _dispatch(x, plan.token_of_row, plan.row_of_pair)
+    count = jnp.sum(plan.group_sizes) if to_experts else None
+    return _dispatch(x, plan.token_of_row, plan.row_of_pair, count)
 
 
 def weighted_rows(
@@ -67,9 +71,10 @@ def summed(ys: Float[Array, "P D"], plan: DispatchPlan) -> Float[Array, "T D"]:
     return _summed(ys, plan.token_of_row, plan.row_of_pair)
 
 
-def take(x: Array, index: Array) -> Array:
-    """Rows of ``x``, written out; zeros where the index is out of bounds."""
-    return gather_rows(x, index, implementation=GATHER) if x.ndim == 2 and index.ndim == 1 else _read(x, index)
+def take(x: Array, index: Array, count: Array | None = None) -> Array:
+    """Rows of ``x``, written out; zeros where the index is out of bounds. From row ``count`` on they may hold
+    anything."""
+    return gather_rows(x, index, count, implementation=GATHER) if x.ndim == 2 and index.ndim == 1 else _read(x, index)
 
 
 def _read(x: Array, index: Array) -> Array:
@@ -84,16 +89,18 @@ def _weighted_sum(ys: Array, weight: Array, row_of_pair: Array) -> Array:
 
 
 @jax.custom_vjp
-def _dispatch(x: Float[Array, "T D"], token_of_row: Int[Array, "P"], row_of_pair: Int[Array, "T K"]) -> Array:
-    return take(x, token_of_row)
+def _dispatch(
+    x: Float[Array, "T D"], token_of_row: Int[Array, "P"], row_of_pair: Int[Array, "T K"], count: Array | None
+) -> Array:
+    return take(x, token_of_row, count)
 
 
-def _dispatch_fwd(x: Array, token_of_row: Array, row_of_pair: Array) -> tuple[Array, Array]:
-    return take(x, token_of_row), row_of_pair
+def _dispatch_fwd(x: Array, token_of_row: Array, row_of_pair: Array, count: Array | None) -> tuple[Array, Array]:
+    return take(x, token_of_row, count), row_of_pair
 
 
-def _dispatch_bwd(row_of_pair: Array, dxs: Array) -> tuple[Array, None, None]:
-    return _sum(dxs, row_of_pair), None, None
+def _dispatch_bwd(row_of_pair: Array, dxs: Array) -> tuple[Array, None, None, None]:
+    return _sum(dxs, row_of_pair), None, None, None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)

@@ -22,8 +22,7 @@ from kernels_pallas.gather_rows import (
     mosaic_gpu_combine,
 )
 from kernels_pallas.gather_rows.mosaic_gpu import Config
-from kernels_pallas.grouped_matmul.mosaic_gpu import backend
-from kernels_pallas.grouped_matmul.mosaic_gpu import rows as matmul_rows
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block
 from moejax.dispatch import exchange
 from moejax.dispatch import rows as moejax_rows
 from moejax.types import DispatchPlan
@@ -95,6 +94,18 @@ def test_copies_rows_bit_by_bit_without_a_race_and_zeros_where_there_is_none(dty
         assert not gpu_callbacks.get_races().races_found
     assert out.dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(out), expected(x, index))
+
+
+@pytest.mark.parametrize("count", [0, 7, pytest.param(15, marks=pytest.mark.slow), 1 << 30])
+def test_copies_no_more_stages_than_are_asked_for(count):
+    """The interpreter fills memory that nobody has written with NaN."""
+    x, index = normal(10, 256), table(10, 15)
+    wanted = min(count, 15)
+    with hopper(2), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        arguments = jnp.asarray(x), jnp.asarray(index), jnp.int32(count)
+        out = mosaic_gpu.gather_rows(*arguments, config=Config(rows=2, stages=3, blocks=1))
+    np.testing.assert_array_equal(np.asarray(out)[:wanted], expected(x, index)[:wanted])
+    assert np.isnan(np.asarray(out)[wanted + wanted % 2 :]).all()
 
 
 @pytest.mark.slow
@@ -183,7 +194,7 @@ def calls(monkeypatch):
     """Shapes with which the kernel is called; XLA's gather answers in its place."""
     seen = []
 
-    def call(x, index, config):
+    def call(x, index, leading, config):
         seen.append((x.shape, index.shape))
         return GATHER_ROWS.backends["ref"].run(x, index)
 
@@ -212,6 +223,23 @@ def test_gradient_is_a_scatter_add(calls):
             scattered[source] += dy[row]
     np.testing.assert_allclose(np.asarray(dx), scattered, rtol=1e-5, atol=1e-5)
     assert calls == [((10, 64), (40,))]
+
+
+def test_what_is_not_asked_for_has_no_part_in_the_gradient(calls):
+    x, index, dy = normal(10, 64), table(10, 40), normal(40, 64)
+    dy[25:] = np.nan
+    _, pull = jax.vjp(lambda x: mosaic_gpu.gather_rows(x, jnp.asarray(index), jnp.int32(25)), jnp.asarray(x))
+    _, pull_25 = jax.vjp(lambda x: mosaic_gpu.gather_rows(x, jnp.asarray(index[:25])), jnp.asarray(x))
+    np.testing.assert_array_equal(np.asarray(pull(jnp.asarray(dy))[0]), np.asarray(pull_25(jnp.asarray(dy[:25]))[0]))
+    assert calls[0] == ((10, 64), (40,))
+
+
+def test_a_count_that_is_no_integer_is_refused():
+    x, index = jnp.zeros((4, 64)), jnp.zeros(3, jnp.int32)
+    with pytest.raises(ValueError, match="must be one integer, or None"):
+        gather_rows(x, index, jnp.zeros(1, jnp.int32))
+    with pytest.raises(ValueError, match="must be one integer, or None"):
+        gather_rows(x, index, jnp.float32(2))
 
 
 @pytest.mark.parametrize(("of_x", "of_index"), [(0, 0), (0, None), (None, 0)])
@@ -282,7 +310,7 @@ def test_combine_lowers_for_cuda(on_hopper, tokens, choices, columns):
 
 def test_lowers_inside_shard_map_with_its_gradient(on_hopper, monkeypatch):
     """Rows that all devices share, chosen by each device's own table; and XLA's gather where axes are not manual."""
-    monkeypatch.setattr(matmul_rows, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(block, "multiprocessors", lambda: 132)
 
     def run(x, index):
         y, pull = jax.vjp(lambda x: gather_rows(x, index), x)
@@ -415,8 +443,8 @@ def test_benchmark_times_each_configuration_that_is_right(tmp_path, monkeypatch,
     """All of the kernel's way but the kernel, for which XLA answers, for some configurations wrongly."""
     right = mosaic_gpu._call
 
-    def call(x, index, config):
-        rows = right(x, index, config)
+    def call(x, index, leading, config):
+        rows = right(x, index, leading, config)
         return rows.at[7].add(1) if config.rows == 4 else rows
 
     monkeypatch.setattr(mosaic_gpu, "_call", call)

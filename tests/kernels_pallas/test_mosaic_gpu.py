@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.grouped_matmul import groups, ref, specs
 from kernels_pallas.grouped_matmul.ffn import Weights
-from kernels_pallas.grouped_matmul.mosaic_gpu import backend, outer, rows, schedule, tuning
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block, outer, rows, schedule, tuning
 from kernels_pallas.moe_ffn import composed
 from kernels_pallas.moe_ffn import ref as layer_ref
 from tests.kernels_pallas.oracle import error
@@ -76,6 +76,29 @@ def test_product_with_a_moved_back_tile_an_empty_group_a_masked_one_and_nan_in_t
     close(out, ref.grouped_matmul(*wide((lhs, rhs)), sizes, **options), 5e-3, 260)
 
 
+@pytest.mark.parametrize(
+    ("split", "cluster", "transpose_rhs", "dtype"),
+    [
+        ("m", 1, False, jnp.bfloat16),
+        ("n", 2, True, jnp.bfloat16),
+        pytest.param("n", 1, False, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("m", 2, False, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("m", 1, False, jnp.float32, marks=pytest.mark.slow),  # stored at once
+    ],
+)
+def test_deferred_stores_write_the_same_bits(split, cluster, transpose_rhs, dtype):
+    """Depths of no, one, two and six steps: fewer than a tile has parts, and more. 14 tiles for 4 blocks."""
+    sizes, extents = jnp.array([200, 0, 60, 9, 130], jnp.int32), jnp.array([384, 384, 0, 64, 128], jnp.int32)
+    experts, k, n = 5, 384, 320
+    lhs, rhs = normal(0, 400, k), normal(1, experts, n, k) if transpose_rhs else normal(1, experts, k, n)
+    options = {"transpose_rhs": transpose_rhs, "extent_axis": "k", "dtype": dtype}
+    now, later = (rows.Config(split=split, cluster=cluster, stages=2, defer=defer) for defer in (False, True))
+    with interpreted():
+        expected, out = (KERNELS.product(lhs, rhs, sizes, extents, config=config, **options) for config in (now, later))
+    np.testing.assert_array_equal(np.asarray(out, np.float32)[:399], np.asarray(expected, np.float32)[:399])
+    assert np.any(np.asarray(out)[:200]) and not np.any(np.asarray(out)[200:260])
+
+
 def outer_ref(lhs, grad, sizes):
     """Of each expert by itself, in float32."""
     lhs, grad = np.asarray(lhs, np.float32), np.asarray(grad, np.float32)
@@ -83,9 +106,17 @@ def outer_ref(lhs, grad, sizes):
     return np.stack([lhs[end - size : end].T @ grad[end - size : end] for end, size in zip(ends, sizes, strict=True)])
 
 
-@pytest.mark.parametrize("cluster", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_outer_with_every_pattern_of_empty_groups(cluster):
-    config = outer.Config(block_n=128, cluster=cluster, stages=2)
+@pytest.mark.parametrize(
+    ("cluster", "defer"),
+    [
+        (2, False),
+        (1, True),
+        pytest.param(2, True, marks=pytest.mark.slow),
+        pytest.param(1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_outer_with_every_pattern_of_empty_groups(cluster, defer):
+    config = outer.Config(block_n=128, cluster=cluster, stages=2, defer=defer)
     run = jax.jit(functools.partial(backend.outer, experts=4, extent_axis="n", dtype=jnp.bfloat16, config=config))
     lhs, grad = normal(0, 200, 128), normal(1, 200, 128)
     for some in itertools.product((False, True), repeat=4):
@@ -98,8 +129,11 @@ def test_outer_with_every_pattern_of_empty_groups(cluster):
         assert not np.any(np.asarray(out)[sizes == 0]), some
 
 
-@pytest.mark.parametrize("sizes", [(128, 128), (128, 60)])
-def test_no_race_in_the_ring_of_buffers_of_a_cluster(monkeypatch, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "defer"),
+    [((128, 128), True), ((128, 60), False), pytest.param((128, 128), False, marks=pytest.mark.slow)],
+)
+def test_no_race_in_the_ring_of_buffers_of_a_cluster(monkeypatch, sizes, defer):
     # No tile is moved back and columns are an even number of tiles: what two blocks write on purpose, the same bits,
     # counts as a race.
     if sizes[1] % 64:
@@ -109,7 +143,8 @@ def test_no_race_in_the_ring_of_buffers_of_a_cluster(monkeypatch, sizes):
         monkeypatch.setattr(plgpu, "wait_smem_to_gmem", lambda n, **options: wait(0, **options))
     valid = sum(sizes)
     lhs, rhs = normal(0, valid + -valid % 8, 128), normal(1, 2, 128, 512)
-    config, options = rows.Config(cluster=2, stages=2), {"transpose_rhs": False, "extent_axis": "n"}
+    config = rows.Config(cluster=2, stages=2, split="m" if defer else "n", defer=defer)
+    options = {"transpose_rhs": False, "extent_axis": "n"}
     with interpreted(races=True):
         out = KERNELS.product(lhs, rhs, jnp.array(sizes, jnp.int32), None, dtype=jnp.bfloat16, config=config, **options)
         jax.block_until_ready(out)
@@ -174,8 +209,11 @@ def all_tiles(grid, sizes, extents, capacity):
 
     def step(place, slot):
         place = schedule.seek(grid, sizes, extents, place, slot)
-        blocks = [schedule.tile(grid, place, slot, jnp.int32(block)) for block in range(grid.cluster)]
-        return place, (place, jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks))
+        blocks = [schedule.tile(grid, extents, place, slot, jnp.int32(block)) for block in range(grid.cluster)]
+        return place, (
+            (schedule.group_of(grid, place.turn), place.turn),
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks),
+        )
 
     last, (places, tiles) = jax.lax.scan(
         step, schedule.begin(grid, sizes, extents), jnp.arange(capacity, dtype=jnp.int32)
@@ -203,9 +241,11 @@ def test_a_walk_covers_every_row_and_column_tile_of_every_group_and_nothing_else
         extents = -np.sort(-rng.integers(-3, 900, (count // parts, parts)).astype(np.int32), axis=1).reshape(-1)
         limit = np.clip(-(-extents // 128) * 128, 0, {None: 0, "n": most * 128, "k": deep * 64}[axis])
         columns = limit // 128 if axis == "n" else np.full(count, most)
-        slots, places, tiles = jax.device_get(plan(sizes, extents))
+        slots, (groups, turns), tiles = jax.device_get(plan(sizes, extents))
         assert 0 <= slots < capacity
-        assert np.all(places.group[slots:] == count)
+        assert np.all(turns[slots:] == count)
+        if axis == "k":  # the first groups of all experts, then the second ones
+            assert np.all(np.diff(groups[:slots] % parts) >= 0)
 
         ends = np.minimum(np.cumsum(sizes), num_rows)
         starts = np.concatenate([[0], ends[:-1]])
@@ -216,9 +256,8 @@ def test_a_walk_covers_every_row_and_column_tile_of_every_group_and_nothing_else
         if joined:
             lefts = np.where(np.arange(1, count + 1) % parts, np.append(limit[1:], 0), 0) // 128
         done = np.zeros((num_rows, most), np.int32)
-        for slot, group in enumerate(places.group[:slots]):
-            assert places.limit[slot] == (limit[group] if axis == "n" else most * 128)
-            assert places.depth[slot] == (limit[group] // 64 if axis == "k" else deep)
+        for slot, group in enumerate(groups[:slots]):
+            assert np.all(tiles.depth[slot] == (limit[group] // 64 if axis == "k" else deep))
             for row, size, column in zip(tiles.row[slot], tiles.count[slot], tiles.column[slot], strict=True):
                 assert first_rows[group] <= row
                 assert 0 < size <= block_m
@@ -313,7 +352,7 @@ def test_lowers_inside_shard_map(monkeypatch: pytest.MonkeyPatch):
     """Results vary over the mesh axes of the operands, so that the checks of varying axes pass."""
     from jax.sharding import AxisType, PartitionSpec
 
-    monkeypatch.setattr(rows, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(block, "multiprocessors", lambda: 132)
     monkeypatch.setattr(tuning, "device_kind", lambda: "none")
     kernels = backend.Kernels()
 

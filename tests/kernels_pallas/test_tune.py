@@ -19,6 +19,7 @@ PROBLEM = Problem("forward", 65536, 64, 2048, 1024)
 DEFAULT = PROBLEM.default()
 FORWARD = [{"block_m": m, "block_n": n, "split": s} for m, n, s in ((128, 256, "n"), (128, 128, "n"), (64, 256, "n"))]
 FORWARD += [{"block_m": 128, "block_n": n, "split": "m"} for n in (256, 192, 128)]
+FORWARD = [tile | {"defer": False} for tile in FORWARD]
 SMALL = specs.Shape("small", 2, 64, 64, 72, "test")
 
 
@@ -356,12 +357,20 @@ def test_a_whole_sweep_in_the_interpreter_refuses_a_planted_wrong_kernel(folder,
     assert chosen_on("interpreter", problem) == rows.Config(**found["config"])
 
 
+def test_the_rule_defers_stores_where_tiles_are_short():
+    short, long = tuning.for_rows(65536, 64, 2048, 1024, False), tuning.for_rows(16384, 8, 14336, 4096, False)
+    assert (short.defer, short.split) == (True, "m") and not long.defer
+    few, many = tuning.for_outer(65536, 64, 2048, 1024), tuning.for_outer(16384, 8, 4096, 14336)
+    assert (few.defer, few.cluster) == (True, 1) and (many.defer, many.cluster) == (False, 2)
+    assert not tuning.for_rows(512, 64, 2048, 1024, False).defer and not tuning.for_gated(65536, 64, 2048, 1024).defer
+
+
 def test_an_override_must_have_an_effect():
     wanted = outer.Config(stages=2)
     with tuning.using("outer", wanted):
         assert tuning.for_outer(64, 1, 64, 64) == wanted
-        assert tuning.for_rows(6400, 1, 64, 64, False) == rows.Config()
-    assert tuning.for_outer(64, 1, 64, 64) == outer.Config()
+        assert tuning.for_rows(6400, 1, 4096, 64, False) == rows.Config()
+    assert tuning.for_outer(6400, 1, 64, 64) == outer.Config()
     with pytest.raises(RuntimeError, match=r"operation='outer'.*had no effect"), tuning.using("outer", wanted):
         tuning.for_gated(64, 1, 64, 64)
 

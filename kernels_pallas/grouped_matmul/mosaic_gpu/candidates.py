@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels_pallas.grouped_matmul import specs
 from kernels_pallas.grouped_matmul.mosaic_gpu import tuning
-from kernels_pallas.grouped_matmul.mosaic_gpu.rows import CONSUMERS, SWIZZLE
+from kernels_pallas.grouped_matmul.mosaic_gpu.block import CONSUMERS, SWIZZLE
 from kernels_pallas.grouped_matmul.mosaic_gpu.trial import DTYPE, Problem
 
 SHARED_MEMORY = 227 << 10  # of one block on a Hopper GPU: 228 KiB less 1 KiB that the driver takes
@@ -18,11 +18,11 @@ MOST_STAGES = 8
 
 TILES: dict[str, list[dict[str, Any]]] = {
     "forward": [
-        {"block_m": 128, "block_n": 256, "split": "n"},
-        {"block_m": 128, "block_n": 256, "split": "m"},
-        {"block_m": 128, "block_n": 256, "split": "m", "cells": 4},
-        {"block_m": 128, "block_n": 192, "split": "m"},
-        {"block_m": 256, "block_n": 128, "split": "m"},
+        {"block_m": 128, "block_n": 256, "split": "m", "defer": True},
+        {"block_m": 128, "block_n": 256, "split": "n", "defer": False},
+        {"block_m": 128, "block_n": 256, "split": "m", "defer": False},
+        {"block_m": 128, "block_n": 192, "split": "m", "defer": True},
+        {"block_m": 256, "block_n": 128, "split": "m", "defer": False},
     ],
     "decode": [
         {"block_m": 64, "block_n": 256, "split": "n"},
@@ -36,8 +36,9 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"block_m": 256, "block_n": 128, "split": "m"},
     ],
     "outer": [
-        {"block_k": 128, "block_n": 256},
-        {"block_k": 256, "block_n": 128},
+        {"block_k": 128, "block_n": 256, "defer": True},
+        {"block_k": 128, "block_n": 256, "defer": False},
+        {"block_k": 256, "block_n": 128, "defer": False},
     ],
 }
 """Tiles that lower, the likely ones first: a warpgroup's part is 64 rows and whole swizzles of 64 columns."""

@@ -3,7 +3,7 @@
 The sum runs over rows, so that groups cut the *depth* of the matmul. Copies start at multiples of 8 rows (TMA into
 tiles); foreign rows at both ends are set to zero in shared memory, in `grad` always and in `lhs` where they could hold
 NaN.
-Blocks, warpgroups and the ring of buffers are those of `rows.py`.
+Blocks, warpgroups and the ring of buffers are as `block.py` has them.
 """
 
 import dataclasses
@@ -18,32 +18,39 @@ from jaxtyping import Array
 
 from kernels_pallas.grouped_matmul import groups
 from kernels_pallas.grouped_matmul.groups import EXTENT_BLOCK
-from kernels_pallas.grouped_matmul.mosaic_gpu.rows import (
+from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     CONSUMERS,
     SWIZZLE,
-    Spans,
+    announce,
     claim,
+    deferred,
     drain,
+    follow,
     free_slots,
-    in_cells,
+    in_cell,
     launch,
+    notebook,
+    parts_of,
     release_last,
     tiled,
 )
+from kernels_pallas.grouped_matmul.mosaic_gpu.rows import Spans
 
 BLOCK_ROWS = 64
+NOTE = 7  # words of a note: expert, tile along K, along N, first row, end rows of both warpgroups, of the longer part
 ALIGN = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A block computes block_k x block_n of one expert's gradient; the other fields as in `rows.Config`."""
+    """A block computes block_k x block_n of one expert's gradient; the other fields are as in `rows.Config`."""
 
     block_k: int = 128
     block_n: int = 256
     stages: int = 4
     cluster: int = 2
     band: int = 8
+    defer: bool = False
 
 
 def _kernel(
@@ -59,7 +66,7 @@ def _kernel(
     full,
     empty,
     meet,
-    *,
+    *notes,
     config: Config,
     axis: str | None,
 ):
@@ -89,8 +96,8 @@ def _kernel(
     def rows_of(group, start):
         return jnp.minimum(sizes[group], num_rows - start)
 
-    def walk(body):
-        """Folds `body(where, step)` over this block's tiles: (expert, its first row, tile along K, tile along N)."""
+    def walk(body, init):
+        """Folds `body(where, carry)` over this block's tiles: (expert, its first row, tile along K, tile along N)."""
 
         def first_row(expert, start, target):
             def pass_by(state):
@@ -105,13 +112,13 @@ def _kernel(
         slots = experts * each
 
         def tile(i, state):
-            expert, start, step = state
+            expert, start, carry = state
             target, ik, jn = place(cluster + i * count)
             start = first_row(expert, start, target)
-            return target, start, body((target, start, ik, jn), step)
+            return target, start, body((target, start, ik, jn), carry)
 
         zero = jnp.int32(0)
-        return lax.fori_loop(0, (slots - cluster + count - 1) // count, tile, (zero, zero, zero))[2]
+        return lax.fori_loop(0, (slots - cluster + count - 1) // count, tile, (zero, zero, init))[2]
 
     def end_row(where, which):
         """The row after the last that counts in the tile's columns (of warpgroup `which` along N).
@@ -144,9 +151,11 @@ def _kernel(
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def tile(where, step):
-            _, start, ik, jn = where
+        def tile(where, carry):
+            expert, start, ik, jn = where
+            number, step = carry
             end = longest(where)
+            announce(notes, number, expert, ik, jn, start, *(end_row(where, which) for which in range(CONSUMERS)), end)
             axis_name = None if cluster == 1 else "cluster"
             of_lhs, of_grad = (None, axis_name) if along_k else (axis_name, None)
 
@@ -161,20 +170,39 @@ def _kernel(
                 )
                 return step + 1
 
-            return lax.fori_loop(0, depth(start, end), fetch, step)
+            return number + 1, lax.fori_loop(0, depth(start, end), fetch, step)
 
-        drain(empty, walk(tile), stages)
+        number, step = walk(tile, (jnp.int32(0), jnp.int32(0)))
+        announce(notes, number, *[jnp.int32(-1)] * NOTE)
+        drain(empty, step, stages)
 
     @pl.when(wg < CONSUMERS)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
         columns = pl.ds(wg * wn, wn)
 
-        def tile(where, step):
-            expert, start, ik, jn = where
-            end = end_row(where, wg)
-            base, last_valid = start // ALIGN * ALIGN, total[0]
-            steps, mine = depth(start, longest(where)), depth(start, end)
+        late = deferred(config, out.dtype)
+        parts = range(parts_of((bk, wn), staged.at[wg]))
+
+        def store(part, value, at):
+            expert, ik, jn = at
+            _, _, cell_k, cell_n = staged.shape
+
+            def send(cell, i, j):
+                @pl.when(expert >= 0)
+                def _():
+                    target = pl.ds(ik * bk + i * cell_k, cell_k), pl.ds(jn * bn + wg * wn + j * cell_n, cell_n)
+                    plgpu.copy_smem_to_gmem(staged.at[wg, cell], out.at[(expert, *target)])
+
+            in_cell(part, value, staged.at[wg], send)
+
+        last_valid = total[0]
+
+        def tile(note, carry):
+            (expert, ik, jn, start, *ends, far), (step, held) = note, carry
+            end = jnp.where(wg == 0, *ends)
+            base = start // ALIGN * ALIGN
+            steps, mine = depth(start, far), depth(start, end)
 
             def accumulate(acc):
                 def clear(ref, row, low, high):
@@ -215,7 +243,14 @@ def _kernel(
                     release_last(empty, step, stages, i > 0)
                     return step + 1
 
-                after = lax.fori_loop(0, mine, step_k, step)
+                after, begun = step, jnp.int32(0)
+                for value, at in held:
+                    for part in parts:
+                        until = jnp.minimum(mine, part + 1)
+                        after = lax.fori_loop(begun, until, step_k, after)
+                        store(part, value, at)
+                        begun = until
+                after = lax.fori_loop(begun, mine, step_k, after)
                 plgpu.wgmma_wait(0)
                 release_last(empty, after, stages, mine > 0)
 
@@ -227,18 +262,21 @@ def _kernel(
                     return step + 1
 
                 after = lax.fori_loop(mine, steps, skip, after)
-                _, _, cell_k, cell_n = staged.shape
-
-                def send(cell, i, j):
-                    at = pl.ds(ik * bk + i * cell_k, cell_k), pl.ds(jn * bn + wg * wn + j * cell_n, cell_n)
-                    plgpu.copy_smem_to_gmem(staged.at[wg, cell], out.at[(expert, *at)])
-
-                in_cells(acc[...].astype(out.dtype), staged.at[wg], send)
-                return after
+                value, at = acc[...].astype(out.dtype), (expert, ik, jn)
+                if late:
+                    return after, [(value, at)]
+                for part in parts:
+                    store(part, value, at)
+                return after, []
 
             return pl.run_scoped(accumulate, plgpu.ACC((bk, wn), jnp.float32))
 
-        walk(tile)
+        nowhere = jnp.int32(-1), jnp.int32(0), jnp.int32(0)  # nothing is stored before the first tile is there
+        nothing = [(jnp.zeros((bk, wn), out.dtype), nowhere)] if late else []
+        _, held = follow(notes, tile, (jnp.int32(0), nothing))
+        for value, at in held:
+            for part in parts:
+                store(part, value, at)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -257,6 +295,7 @@ def outer(lhs: Array, grad: Array, spans: Spans, *, experts: int, dtype: jnp.dty
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             free_slots(config),
             plgpu.Barrier(num_arrivals=CONSUMERS),
+            *notebook(NOTE),
         ],
         **launch(config),
     )

@@ -1,8 +1,9 @@
 """Grouped matmul on Hopper: rows of groups times their expert's matrix, with an optional activation in the epilogue.
 
-One block a multiprocessor, three warpgroups: the third only copies (TMA), the first two only multiply (wgmma) and
-store. The copying warpgroup walks through all tiles without waiting for a tile's end, so the next tile's operands
-arrive while the last one is stored.
+One block a multiprocessor, three warpgroups (`block.py`): the third only copies (TMA), the first two only multiply
+(wgmma) and store. The copying warpgroup walks through all tiles without waiting for a tile's end, so the next tile's
+operands arrive while the last one is stored. With `Config.defer` the last tile is stored while the next one is
+multiplied.
 """
 
 import dataclasses
@@ -20,10 +21,26 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.grouped_matmul import groups
 from kernels_pallas.grouped_matmul.groups import ExtentAxis
 from kernels_pallas.grouped_matmul.mosaic_gpu import schedule
+from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
+    CONSUMERS,
+    SWIZZLE,
+    announce,
+    claim,
+    deferred,
+    drain,
+    follow,
+    free_slots,
+    in_cell,
+    launch,
+    notebook,
+    parts_of,
+    release_last,
+    tiled,
+    two_views,
+)
 
 BLOCK_K = 64
-CONSUMERS = 2
-SWIZZLE = 128  # bytes
+NOTE = 4  # words of a note: first row, rows of it that are the group's, first column in units, depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +54,8 @@ class Config:
         split: which side of the tile the two multiplying warpgroups divide.
         cluster: blocks that share an operand's copy, 1 or 2.
         band: clusters' row tiles that are worked on together.
+        defer: a tile's result stays in registers, and is stored while the next tile is multiplied. Of `product` alone,
+            and of two bytes an element: with more there are not enough registers.
     """
 
     block_m: int = 128
@@ -46,6 +65,15 @@ class Config:
     split: Literal["m", "n"] = "n"
     cluster: int = 1
     band: int = 8
+    defer: bool = False
+
+
+class Spot(NamedTuple):
+    """Where a tile, or a warpgroup's part of it, goes: first row, rows of it that are the group's, first column."""
+
+    row: Any
+    count: Any
+    column: Any
 
 
 class Spans(NamedTuple):
@@ -56,106 +84,18 @@ class Spans(NamedTuple):
     extent_axis: ExtentAxis = "n"
 
 
-def multiprocessors() -> int:
-    """Of the device that is compiled for."""
-    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
-        return abstract.num_cores
-    return jax.devices()[0].core_count
-
-
-def tiled(dtype: jnp.dtype) -> tuple:
-    """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts."""
-    tiling, swizzle = plgpu.TilingTransform, plgpu.SwizzleTransform
-    # Their base class declares a method that neither has, nor needs.
-    return tiling((8, SWIZZLE // jnp.dtype(dtype).itemsize)), swizzle(SWIZZLE)  # ty: ignore[abstract-class-instantiation]
-
-
-def two_views(shape: tuple[int, ...], dtype: jnp.dtype, interpret: bool) -> Any:
-    """One buffer as two refs: rows (any row may be the first of a copy) and tiles (what wgmma and registers use).
-
-    TMA copies to and from a *tiled* buffer start at rows that are multiples of 8. A tile of 8 rows as wide as the
-    swizzle is contiguous, so that the bytes of both views are the same, and the untiled one may start anywhere. The
-    interpreter does not model memory under two refs, and knows no alignment: it gets one.
-    """
-    tiles = tiled(dtype)
-    if tiles[0].tiling[-1] != shape[-1]:
-        raise ValueError(f"shape={shape}: two views need a last axis as wide as the swizzle, {tiles[0].tiling[-1]}")
-    if interpret:
-        return plgpu.SMEM(shape, dtype)
-    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=tiles[1:]), plgpu.SMEM(shape, dtype, transforms=tiles))
-
-
-def free_slots(config: Any) -> Any:
-    """Barriers on which consumers say that a buffer is read: in a cluster to both blocks, as both write to it."""
-    if config.cluster == 1:
-        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
-    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=config.stages)
-
-
-def launch(config: Any) -> dict[str, Any]:
-    """Arguments of `plgpu.kernel` that all kernels here share."""
-    return {
-        "grid": (multiprocessors() // config.cluster,),
-        "grid_names": ("grid",),
-        "cluster": (config.cluster,),
-        "cluster_names": ("cluster",),
-        "num_threads": CONSUMERS + 1,
-        "thread_name": "wg",
-        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    }
-
-
 def ring(grid: schedule.Grid, sizes: Any, extents: Any, body: Callable, init: Any) -> Any:
-    """Folds `body(place, tile, carry)` over this block's tiles."""
+    """Folds `body(group, tile, carry)` over this block's tiles."""
     block, count = lax.axis_index("cluster"), lax.axis_size("grid")
 
     def step(state):
         slot, place, carry = state
-        carry = body(place, schedule.tile(grid, place, slot, block), carry)
+        carry = body(schedule.group_of(grid, place.turn), schedule.tile(grid, extents, place, slot, block), carry)
         return slot + count, schedule.seek(grid, sizes, extents, place, slot + count), carry
 
     slot = lax.axis_index("grid")
     place = schedule.seek(grid, sizes, extents, schedule.begin(grid, sizes, extents), slot)
-    return lax.while_loop(lambda state: state[1].group < grid.groups, step, (slot, place, init))[2]
-
-
-def claim(empty: Any, step: Any, stages: int) -> Any:
-    """The buffer of a step, once the consumers are done with what it held."""
-    at = lax.rem(step, stages)
-
-    @pl.when(step >= stages)
-    def _():
-        plgpu.barrier_wait(empty.at[at])
-
-    return at
-
-
-def drain(empty: Any, total: Any, stages: int) -> None:
-    """Awaits every arrival: a block of a cluster must not end while its partner still signals it."""
-
-    @pl.loop(jnp.maximum(total - stages, 0), total)
-    def _(step):
-        plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
-
-
-def release_last(empty: Any, step: Any, stages: int, condition: Any) -> None:
-    """Frees the buffer of the step before `step`, if there is one."""
-
-    @pl.when(condition)
-    def _():
-        plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
-
-
-def in_cells(value: Array, staged: Any, send: Callable[[int, int, int], None]) -> None:
-    """A warpgroup's tile leaves through its staging cells in turn; `send(cell, i, j)` starts the copy of part i, j."""
-    cells, cell_m, cell_n = staged.shape
-    for i in range(value.shape[0] // cell_m):
-        for j in range(value.shape[1] // cell_n):
-            cell = (i * (value.shape[1] // cell_n) + j) % cells
-            plgpu.wait_smem_to_gmem(cells - 1, wait_read_only=True)
-            staged[cell] = value[i * cell_m : (i + 1) * cell_m, j * cell_n : (j + 1) * cell_n]
-            plgpu.commit_smem()
-            send(cell, i, j)
+    return lax.while_loop(lambda state: state[1].turn < grid.groups, step, (slot, place, init))[2]
 
 
 def _store_rows(staged: Any, out: Any, row: Any, column: Any, count: Any, rows: int, width: int) -> None:
@@ -199,8 +139,8 @@ def _kernel(
     interpret: bool,
 ) -> None:
     lhs, rhs = refs[:operands], refs[operands : 2 * operands] if activation is None else refs[operands : operands + 2]
-    outs = refs[-5 - outputs : -5]
-    a_smem, b_smem, stage, full, empty = refs[-5:]
+    outs = refs[-8 - outputs : -8]
+    a_smem, b_smem, stage, full, empty, *notes = refs[-8:]
     a_in, a_smem = (a_smem, a_smem) if interpret else a_smem
     staged_out, staged = (stage, stage) if interpret else stage
     wg = lax.axis_index("wg")
@@ -212,9 +152,11 @@ def _kernel(
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def tile(place, tile, step):
-            row, column, depth = tile.row, tile.column * grid.unit, place.depth
-            expert = lax.div(place.group, jnp.int32(grid.parts))
+        def tile(group, tile, carry):
+            number, step = carry
+            row, column, depth = tile.row, tile.column * grid.unit, tile.depth
+            announce(notes, number, row, tile.count, tile.column, depth)
+            expert = lax.div(group, jnp.int32(grid.parts))
 
             def fetch(shares_rhs, pair, k, step):
                 at = claim(empty, step, stages)
@@ -243,10 +185,12 @@ def _kernel(
                 return run
 
             if config.cluster == 1:
-                return loop(True)(step)
-            return lax.cond(tile.shares_rhs, loop(True), loop(False), step)
+                return number + 1, loop(True)(step)
+            return number + 1, lax.cond(tile.shares_rhs, loop(True), loop(False), step)
 
-        drain(empty, ring(grid, sizes, extents, tile, jnp.int32(0)), stages)
+        number, step = ring(grid, sizes, extents, tile, (jnp.int32(0), jnp.int32(0)))
+        announce(notes, number, *[jnp.int32(-1)] * NOTE)
+        drain(empty, step, stages)
 
     @pl.when(wg < CONSUMERS)
     def _multiply():
@@ -255,24 +199,31 @@ def _kernel(
         mine_m = pl.ds(wg * wm, wm) if tall else slice(None)
         mine_n = slice(None) if tall else pl.ds(wg * wn, wn)
 
-        def tile(place, tile, step):
-            row, count, column = tile.row, tile.count, tile.column * grid.unit
-            depth = place.depth * operands
+        shape = (wm, wn if activation is None else width)
+        parts = parts_of(shape, staged.at[wg])
+
+        def store(part, value, out, at):
+            _, _, cell_m, cell_n = staged.shape
+
+            def send(cell, i, j):
+                inside = jnp.clip(at.count - i * cell_m, 0, cell_m)
+                target = at.row + i * cell_m, at.column + j * cell_n
+                _store_rows(staged_out.at[wg, cell], out, *target, inside, cell_m, cell_n)
+                plgpu.commit_smem_to_gmem_group()
+
+            in_cell(part, value, staged.at[wg], send)
+
+        late = activation is None and deferred(config, outs[0].dtype)
+
+        def tile(note, carry):
+            step, held = carry
+            row, count, column, depth = note
+            column, depth = column * grid.unit, depth * operands
             if tall:
                 row, count = row + wg * wm, jnp.clip(count - wg * wm, 0, wm)
             else:
                 column = column + wg * wn
-
-            def store(value, out):
-                _, _, cell_m, cell_n = staged.shape
-
-                def send(cell, i, j):
-                    inside = jnp.clip(count - i * cell_m, 0, cell_m)
-                    at = row + i * cell_m, column + j * cell_n
-                    _store_rows(staged_out.at[wg, cell], out, *at, inside, cell_m, cell_n)
-                    plgpu.commit_smem_to_gmem_group()
-
-                in_cells(value, staged.at[wg], send)
+            at = Spot(row, count, column)
 
             def accumulate(*accs):
                 def multiply(k, step):
@@ -290,21 +241,36 @@ def _kernel(
                     release_last(empty, step, stages, k > 0)
                     return step + 1
 
-                after = lax.fori_loop(0, depth, multiply, step)
+                after, begun = step, jnp.int32(0)
+                for value, of_last in held:
+                    for part in range(parts):
+                        until = jnp.minimum(depth, part + 1)
+                        after = lax.fori_loop(begun, until, multiply, after)
+                        store(part, value, outs[0], of_last)
+                        begun = until
+                after = lax.fori_loop(begun, depth, multiply, after)
                 plgpu.wgmma_wait(0)
                 release_last(empty, after, stages, depth > 0)
                 values = [acc[...] for acc in accs]
                 if activation is not None:
                     values = [gated(activation, *values), *values][:outputs]
+                values = [value.astype(out.dtype) for value, out in zip(values, outs, strict=True)]
+                if late:
+                    return after, [(values[0], at)]
                 for value, out in zip(values, outs, strict=True):
-                    store(value.astype(out.dtype), out)
-                return after
+                    for part in range(parts):
+                        store(part, value, out, at)
+                return after, []
 
-            shape = (wm, wn if activation is None else width)
             accs = [plgpu.ACC(shape, jnp.float32)] * (1 if activation is None else 2)
             return pl.run_scoped(accumulate, *accs)
 
-        ring(grid, sizes, extents, tile, jnp.int32(0))
+        nowhere = Spot(jnp.int32(0), jnp.int32(0), jnp.int32(0))  # no rows: nothing is stored before the first tile
+        nothing = [(jnp.zeros(shape, outs[0].dtype), nowhere)] if late else []
+        _, held = follow(notes, tile, (jnp.int32(0), nothing))
+        for value, of_last in held:
+            for part in range(parts):
+                store(part, value, outs[0], of_last)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -373,6 +339,7 @@ def _call(lhs, rhs, spans, outs, width, b_tile, copies, config, interpret, **opt
             two_views((CONSUMERS, config.cells, 64, cell), outs[0].dtype, interpret),
             plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
             free_slots(config),
+            *notebook(NOTE),
         ],
         **launch(config),
     )

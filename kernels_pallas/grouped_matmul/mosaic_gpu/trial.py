@@ -65,7 +65,7 @@ class Problem:
 
     def default(self) -> tuning.Config:
         """The configuration that the rule of `tuning` gives."""
-        return tuning.default(self.operation, self.rows, self.experts)
+        return tuning.default(self.operation, self.rows, self.experts, self.k)
 
     def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Group sizes and operands without data."""

@@ -1,0 +1,161 @@
+"""How the warpgroups of a block work together, in all kernels here: the last one copies, the others multiply and store.
+
+The copying warpgroup alone knows which tiles the block computes. It tells the others by notes in shared memory, so that
+they lose no time between two tiles with finding the next one, which takes hundreds of cycles for each group on the way.
+
+A ring of buffers holds operands: `claim` waits until one is free, `release_last` frees one, `drain` awaits the end.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+CONSUMERS = 2
+SWIZZLE = 128  # bytes
+NOTES = 4  # tiles that may be announced and not yet begun
+
+
+def multiprocessors() -> int:
+    """Of the device that is compiled for."""
+    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
+        return abstract.num_cores
+    return jax.devices()[0].core_count
+
+
+def tiled(dtype: jnp.dtype) -> tuple:
+    """The layout of a tile in shared memory that TMA writes and wgmma reads without bank conflicts."""
+    tiling, swizzle = plgpu.TilingTransform, plgpu.SwizzleTransform
+    # Their base class declares a method that neither has, nor needs.
+    return tiling((8, SWIZZLE // jnp.dtype(dtype).itemsize)), swizzle(SWIZZLE)  # ty: ignore[abstract-class-instantiation]
+
+
+def two_views(shape: tuple[int, ...], dtype: jnp.dtype, interpret: bool) -> Any:
+    """One buffer as two refs: rows (any row may be the first of a copy) and tiles (what wgmma and registers use).
+
+    TMA copies to and from a *tiled* buffer start at rows that are multiples of 8. A tile of 8 rows as wide as the
+    swizzle is contiguous, so that the bytes of both views are the same, and the untiled one may start anywhere. The
+    interpreter does not model memory under two refs, and knows no alignment: it gets one.
+    """
+    tiles = tiled(dtype)
+    if tiles[0].tiling[-1] != shape[-1]:
+        raise ValueError(f"shape={shape}: two views need a last axis as wide as the swizzle, {tiles[0].tiling[-1]}")
+    if interpret:
+        return plgpu.SMEM(shape, dtype)
+    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=tiles[1:]), plgpu.SMEM(shape, dtype, transforms=tiles))
+
+
+def free_slots(config: Any) -> Any:
+    """Barriers on which consumers say that a buffer is read: in a cluster to both blocks, as both write to it."""
+    if config.cluster == 1:
+        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=config.stages)
+
+
+def launch(config: Any) -> dict[str, Any]:
+    """Arguments of `plgpu.kernel` that all kernels here share."""
+    return {
+        "grid": (multiprocessors() // config.cluster,),
+        "grid_names": ("grid",),
+        "cluster": (config.cluster,),
+        "cluster_names": ("cluster",),
+        "num_threads": CONSUMERS + 1,
+        "thread_name": "wg",
+        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    }
+
+
+def announce(notes: Any, number: Any, *values: Any) -> None:
+    """Tells the consumers what tile `number` of this block is. All threads of the warpgroup write the same words, and
+    each of them arrives, so that its own are seen."""
+    words, told, heard = notes
+    at = lax.rem(number, NOTES)
+
+    @pl.when(number >= NOTES)
+    def _():
+        plgpu.barrier_wait(heard.at[at])
+
+    for i, value in enumerate(values):
+        words[at, i] = value
+    plgpu.barrier_arrive(told.at[at])
+
+
+def follow(notes: Any, body: Callable, init: Any) -> Any:
+    """Folds `body(note, carry)` over what was announced, until the last value of a note is below 0."""
+    words, told, heard = notes
+
+    def hear(number):
+        at = lax.rem(number, NOTES)
+        plgpu.barrier_wait(told.at[at])
+        note = tuple(words[at, i] for i in range(words.shape[1]))
+        plgpu.barrier_arrive(heard.at[at])
+        return note
+
+    def step(state):
+        number, note, carry = state
+        carry = body(note, carry)
+        return number + 1, hear(number + 1), carry
+
+    first = jnp.int32(0)
+    return lax.while_loop(lambda state: state[1][-1] >= 0, step, (first, hear(first), init))[2]
+
+
+def notebook(words: int) -> list[Any]:
+    """What `announce` and `follow` need in shared memory."""
+    told, heard = (plgpu.Barrier(num_arrivals=n, num_barriers=NOTES) for n in (1, CONSUMERS))
+    return [plgpu.SMEM((NOTES, words), jnp.int32), told, heard]
+
+
+def claim(empty: Any, step: Any, stages: int) -> Any:
+    """The buffer of a step, once the consumers are done with what it held."""
+    at = lax.rem(step, stages)
+
+    @pl.when(step >= stages)
+    def _():
+        plgpu.barrier_wait(empty.at[at])
+
+    return at
+
+
+def drain(empty: Any, total: Any, stages: int) -> None:
+    """Awaits every arrival: a block of a cluster must not end while its partner still signals it."""
+
+    @pl.loop(jnp.maximum(total - stages, 0), total)
+    def _(step):
+        plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+
+
+def release_last(empty: Any, step: Any, stages: int, condition: Any) -> None:
+    """Frees the buffer of the step before `step`, if there is one."""
+
+    @pl.when(condition)
+    def _():
+        plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
+
+
+def parts_of(shape: tuple[int, int], staged: Any) -> int:
+    """In how many parts a warpgroup's tile leaves: a staging cell holds one."""
+    _, cell_m, cell_n = staged.shape
+    return shape[0] // cell_m * (shape[1] // cell_n)
+
+
+def in_cell(part: int, value: Array, staged: Any, send: Callable[[int, int, int], None]) -> None:
+    """A part of a warpgroup's tile leaves through the next of its staging cells; `send(cell, i, j)` starts the copy of
+    what lies i cells down and j across."""
+    cells, cell_m, cell_n = staged.shape
+    i, j = divmod(part, value.shape[1] // cell_n)
+    plgpu.wait_smem_to_gmem(cells - 1, wait_read_only=True)
+    staged[part % cells] = value[i * cell_m : (i + 1) * cell_m, j * cell_n : (j + 1) * cell_n]
+    plgpu.commit_smem()
+    send(part % cells, i, j)
+
+
+def deferred(config: Any, dtype: jnp.dtype) -> bool:
+    """Whether results are stored while the next tile is multiplied: two bytes each, they fit into the registers that
+    the accumulators leave."""
+    return config.defer and jnp.dtype(dtype).itemsize <= 2
