@@ -45,13 +45,18 @@ def ragged_by_gather(operand, output, input_offsets, send_sizes, output_offsets,
     """``jax.lax.ragged_all_to_all`` as its documentation has it, on a platform without it."""
     me = jax.lax.axis_index(axis_name)
     rows = jax.lax.all_gather(operand, axis_name)
-    start, size, target = (jax.lax.all_gather(a, axis_name)[:, me] for a in (input_offsets, send_sizes, output_offsets))
+    ranks = rows.shape[0]  # slices for a rank stand together
+    start, size, target = (
+        jax.lax.all_gather(a.reshape(ranks, -1), axis_name)[:, me] for a in (input_offsets, send_sizes, output_offsets)
+    )
     place = jnp.arange(output.shape[0])
-    for rank in range(rows.shape[0]):
-        offset = place - target[rank]
-        hit = (offset >= 0) & (offset < size[rank])
-        output = jnp.where(hit[:, None], rows[rank].at[start[rank] + offset].get(mode="fill", fill_value=0), output)
-    return output
+    for rank, i in np.ndindex(start.shape):
+        offset = place - target[rank, i]
+        hit = (offset >= 0) & (offset < size[rank, i])
+        source = rows[rank].at[start[rank, i] + offset].get(mode="fill", fill_value=0)
+        output = jnp.where(hit[:, None], source, output)
+    sent = jax.lax.all_to_all(send_sizes, axis_name, 0, 0, tiled=True)
+    return jnp.where(jnp.all(sent == recv_sizes), output, jnp.nan)  # what is said to arrive must be what was sent
 
 
 @pytest.fixture
@@ -172,6 +177,20 @@ def test_emulated_ranks_do_too(ranks):
 def test_the_ragged_exchange_too(sizes, has_ragged):
     assert dispatch.ExpertParallel(config()).transport == "ragged"  # what "auto" is there
     check_exchange(config(), mesh_of(sizes))
+
+
+@pytest.mark.parametrize("slices", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_ragged_exchange_in_slices_too(slices, has_ragged, monkeypatch):
+    """12 slices are 3 for each of 4 ranks; 1 is one, as there cannot be fewer."""
+    monkeypatch.setattr(exchange, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(exchange, "SLICES", {"gpu": slices})
+    check_exchange(config(ep_exchange="ragged"), mesh_of((1, 4, 1)))
+
+
+def test_slices_are_even_and_cover_all_rows():
+    begins, sizes = exchange._cut(jnp.array([0, 2, 7, 8], jnp.int32), 3)
+    np.testing.assert_array_equal(sizes, [[0, 0, 0], [1, 1, 0], [3, 2, 2], [3, 3, 2]])
+    np.testing.assert_array_equal(begins, np.cumsum(sizes, axis=1) - sizes)
 
 
 def test_a_cpu_has_no_ragged_exchange():

@@ -260,6 +260,14 @@ def test_the_page_says_what_the_rows_of_the_gpu_say():
         at(f"{m}, {a}, 25%", "speedup/layer").extra["speed_over_1t"] for m in ("olmoe", "mixtral") for a in arms[:0:-1]
     ]
     assert "at a quarter {:.2f} and {:.2f} of its speed for OLMoE's layer, {:.2f} and {:.2f}".format(*slower) in page
+    of_experts = [at(f"olmoe, {arm}, 25%", "speedup/experts").extra["speed_over_1t"] for arm in arms[:0:-1]]
+    assert "OLMoE's experts alone have {:.2f} and {:.2f}".format(*of_experts) in page
+    moves = [
+        at(f"olmoe, {arm}, 25%", "speedup/layer").extra["median_ms"]
+        - at(f"olmoe, {arm}, 25%", "speedup/experts").extra["median_ms"]
+        for arm in ("2T half", "1T")
+    ]
+    assert "takes {:.2f} ms instead of {:.2f} ms".format(*moves) in page
     one, sixteen = ([at(f"{m}, 1T, 25%", f"speedup/decode/{b}").value for m in ("olmoe", "mixtral")] for b in (1, 16))
     assert "gains {:.2f} (OLMoE) and {:.2f} (Mixtral) for one token".format(*one) in page
     assert "{:.2f} and {:.2f} for 16".format(*sixteen) in page

@@ -63,6 +63,32 @@ def test_what_travels():
     assert lost == {9.0} and "(9 pairs did not fit there)" in text
 
 
+def test_grouped_matmul_and_the_whole_layer():
+    text, package = page("kernels.md"), ROOT / "kernels_pallas"
+    rows, layers = (
+        [json.loads(line) for line in (package / name / "measured" / "h100.jsonl").read_text("utf-8").splitlines()]
+        for name in ("grouped_matmul", "moe_ffn")
+    )
+    ours = {
+        (row["name"], row["projection"], row["commit"]): row
+        for row in rows
+        if row["operation"] == "forward" and row["role"] == "ours" and "ratio_to_best_rival" in row
+    }
+
+    def cell(name, projection, commit):
+        row = ours.get((name, projection, commit))
+        return f"{percent(row['share_of_ceiling'], 0)}, {row['ratio_to_best_rival']:.2f}x" if row else "-"
+
+    shapes = {"OLMoE": "olmoe", "Mixtral": "mixtral", "DeepSeek-V2-Lite": "deepseek_v2_lite", "Qwen3-MoE": "qwen3_moe"}
+    for label, name in shapes.items():
+        up, down = (cell(name, part, "4e7b64a" if name == "olmoe" else "d59478a") for part in ("up", "down"))
+        assert f"| {label} | {up} | {down} |" in text
+    assert f"OLMoE had {cell('olmoe', 'up', 'd59478a')} and {cell('olmoe', 'down', 'd59478a')}" in text
+    (layer,) = (r for r in layers if r["commit"] == "4e7b64a" and r["implementation"] == "mosaic_gpu")
+    told = f"{layer['tflops_per_s']:.0f} TFLOP/s, {layer['ratio_to_best_rival']:.2f} times transformers' `grouped_mm`"
+    assert layer["pass"] == "forward" and told in text
+
+
 def test_row_gathers():
     text = page("kernels.md")
     file = ROOT / "kernels_pallas" / "gather_rows" / "measured" / "h200.jsonl"

@@ -26,6 +26,12 @@ Transport = Callable[[Array, Array, Array, str], Array]
 """``(buffer [P, D], rows sent to each rank, rows received of each rank, axis) -> buffer [P, D]``."""
 
 
+SLICES = {"gpu": 1024}
+"""In how many slices, to all ranks together, `ragged` sends a buffer on a platform; elsewhere in one to each rank.
+Within a host XLA gives each slice one block of 128 threads (``xla/backends/gpu/runtime/ragged_all_to_all.cc``): with
+one slice a rank, two GPUs copy with two blocks each."""
+
+
 def padded(buffer: Float[Array, "P D"], sent: Int[Array, "ranks"], received: Int[Array, "ranks"], axis: str) -> Array:
     del sent, received
     return jax.lax.all_to_all(buffer, axis, 0, 0, tiled=True)
@@ -35,10 +41,20 @@ def padded(buffer: Float[Array, "P D"], sent: Int[Array, "ranks"], received: Int
 def ragged(buffer: Float[Array, "P D"], sent: Int[Array, "ranks"], received: Int[Array, "ranks"], axis: str) -> Array:
     """Rows beyond those received are 0. Its transpose is the way back."""
     ranks = jax.lax.axis_size(axis)
-    rows = buffer.shape[0] // ranks
-    here = jnp.full_like(sent, rows) * jax.lax.axis_index(axis)
-    starts = rows * jnp.arange(ranks, dtype=sent.dtype)
-    return jax.lax.ragged_all_to_all(buffer, jnp.zeros_like(buffer), starts, sent, here, received, axis_name=axis)
+    rows, each = buffer.shape[0] // ranks, max(1, SLICES.get(default_platform(), 1) // ranks)
+    begins, sizes = _cut(sent, each)
+    starts = rows * jnp.arange(ranks, dtype=sent.dtype)[:, None] + begins
+    targets = rows * jax.lax.axis_index(axis).astype(sent.dtype) + begins
+    _, arriving = _cut(received, each)
+    flat = [a.reshape(-1) for a in (starts, sizes, targets, arriving)]
+    return jax.lax.ragged_all_to_all(buffer, jnp.zeros_like(buffer), *flat, axis_name=axis)
+
+
+def _cut(count: Int[Array, "ranks"], each: int) -> tuple[Int[Array, "ranks each"], Int[Array, "ranks each"]]:
+    """Rows in ``each`` slices as even as can be: where each begins, and its size."""
+    index = jnp.arange(each, dtype=count.dtype)
+    whole, more = count[:, None] // each, count[:, None] % each
+    return index * whole + jnp.minimum(index, more), whole + (index < more)
 
 
 def _ragged_fwd(buffer: Array, sent: Array, received: Array, axis: str) -> tuple[Array, tuple]:
