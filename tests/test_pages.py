@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 from moejax.dispatch import rows as dispatch_rows
+from moejax.report import pareto
+from moejax.report.load import Run
 from moejax.results import ResultRow, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +63,33 @@ def test_what_travels():
     assert all(commit == ("870caf4" if "pairs" in name else "8ffa1dd") for name, commit in layers.items())
     lost = {found[f"layer, chunked 2, {sent}, fit", "forward"].extra["overflow"] for sent in ("pairs", "tokens")}
     assert lost == {9.0} and "(9 pairs did not fit there)" in text
+
+
+def test_what_no_other_limit_beats():
+    rows = [*results("capacity_aware_h200x2"), *results("capacity_aware_lab_sweep")]
+    best = {
+        section.title.removeprefix("Quality over time: "): {
+            (arm.text, strength.text): line for arm, strength, *line in section.blocks[1].rows if line[3].text == "yes"
+        }
+        for section in pareto.sections([Run(ROOT, "rows", rows=rows)])
+    }
+    text = page("limits.md")
+    olmoe, mixtral = (best[f"{name}, the paper's skew, an MoE layer"] for name in ("olmoe", "mixtral"))
+    whole = best["olmoe, loads of olmoe_like.npz, a prefill"]
+    three = {("lower top-k", "0.5000"), ("lower top-k", "0.7500"), ("replication", "–")}
+    assert set(olmoe) == set(whole) == three
+    short = lambda point: f"{float(point[1].text.replace('×', '')):.2f}x"  # noqa: E731
+    assert "(4 of 8 {}, 6 of 8 {}) and copies ({})".format(*(short(olmoe[key]) for key in sorted(three))) in text
+    assert set(mixtral) == {
+        *(("token drop", factor) for factor in ("0.5000", "0.7500", "1")), ("expanded drop", "0.5000"),
+        ("measured budget", "–"), ("replication", "–"),
+    }  # fmt: skip
+    token, budget, copies = (
+        short(mixtral[key]) for key in (("token drop", "1"), ("measured budget", "–"), ("replication", "–"))
+    )
+    assert f"({token} at 1)" in text and f"`measured_budget` ({budget}) and copies ({copies})" in text
+    shares = [cell.text for cell in mixtral["measured budget", "–"][-2:]]
+    assert "drops {} where it was timed and {} where it was scored".format(*shares) in text
 
 
 def test_grouped_matmul_and_the_whole_layer():

@@ -69,6 +69,11 @@ def test_settings_are_joined_by_arm_and_factor():
     assert pareto.joined(fast, good) == []
 
 
+def test_one_arm_and_copies_are_no_plot(tmp_path: Path):
+    few = [row for row in FAST if pareto.setting_of(row)[0] in (pareto.BASELINE, pareto.EXACT, "token drop")]
+    assert pareto.sections([Run(tmp_path, "a", rows=few), Run(tmp_path, "b", rows=GOOD)]) == []
+
+
 @pytest.mark.parametrize(
     ("row", "extra", "setting"),
     [

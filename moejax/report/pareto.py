@@ -39,14 +39,15 @@ class Point(NamedTuple):
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """A section for each pair of times and quality that have two arms or more in common; none where there are none."""
+    """A section for each pair of times and quality that have two arms or more in common beside the exact one, whose
+    quality needs no row; none where there are none."""
     rows = [row for run in runs for row in run.rows if row.kind == "value" and row.value is not None]
     timed, scored = _times(rows), _quality(rows)
     found = []
     for (what, metric), fast in timed.items():
         for model, good in scored.items():
             points = joined(fast, good)
-            if len({point.arm for point in points}) > 1:
+            if len({point.arm for point in points} - {EXACT}) > 1:
                 name = f"pareto-{len(found) + 1}"
                 found.append(_section(name, f"{what}, {TIMES[metric]}", model, points, good))
     return found
