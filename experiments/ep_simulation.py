@@ -21,7 +21,7 @@ beside: 8 H20, six for Qwen.
 
 import csv
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -133,6 +133,11 @@ class Times:
     measured: Mapping[str, Callable[[float], float]] = dataclasses.field(default_factory=dict)
     """The same of a model's own experts, by its name, where they were measured."""
 
+    @property
+    def timed(self) -> set[str]:
+        """The models whose own experts these times are of."""
+        return {"olmoe", *self.measured}
+
     def layer(self, name: str, rows: float) -> float:
         """Seconds of a layer of the model ``name`` whose busiest rank has ``rows`` rows for its routed experts."""
         model, of = MODELS[name], MODELS["olmoe"]
@@ -241,8 +246,9 @@ def simulate(name: str, times: Times, count: int, spare: int = 1) -> list[Outcom
     return made
 
 
-def result_rows(outcomes: list[Outcome], command: str) -> list[ResultRow]:
-    """Rows of two tables, each marked as a simulation."""
+def result_rows(outcomes: list[Outcome], command: str, own: Container[str] = ()) -> list[ResultRow]:
+    """Rows of two tables, each marked as a simulation. ``own``: models whose own experts were timed; of the others it
+    was OLMoE's, by their size."""
     facts, rows = environment_facts(), []
     facts["command"] = command
     for o in outcomes:
@@ -260,7 +266,7 @@ def result_rows(outcomes: list[Outcome], command: str) -> list[ResultRow]:
                 published_metric="measured on 8 H20 (6 for Qwen), 2503.05066" if published else "",
                 verdict_note=NOTE,
                 extra={"simulation": True, "arm": f"{o.model}: {o.arm}", "busiest_over_even": o.busiest,
-                       "dropped_share": o.dropped,
+                       "dropped_share": o.dropped, "experts_timed": o.model if o.model in own else "olmoe, by size",
                        **({"x": o.factor, "x_name": "capacity factor"} if o.factor else {})},
                 **facts,
             ))  # fmt: skip
@@ -347,7 +353,7 @@ def command(values: flags.FlagValues) -> int:
     outcomes = [o for name in values.models for o in simulate(name, times, values.placements, values.spare)]
     print(render(outcomes), flush=True)
     if values.output:
-        append_rows(Path(values.output), result_rows(outcomes, session.command_line()))
+        append_rows(Path(values.output), result_rows(outcomes, session.command_line(), times.timed))
         session.say(f"rows in {values.output}")
     return 0
 
