@@ -300,6 +300,19 @@ def test_the_simulation_of_eight_ranks():
                 cells.append(f"{row.value:.2f}, {row.published:.2f}")
                 over.setdefault(f"{model} {factor}", []).append(value(row) / row.published - 1)
         assert f"| {factor} | {' | '.join(cells)} |" in text
+    off = {}
+    for factor in ("2", "1.5", "1"):
+        cells = []
+        for model in ("deepseek", "qwen"):
+            for arm in ("token drop", "expanded drop"):
+                row = at["figure 4, simulation", f"{model}: {arm}, factor {factor}"]
+                assert row.published is not None and row.extra["experts_timed"] == "olmoe, by size"
+                cells.append(f"{row.value:.2f}, {row.published:.2f}")
+                off.setdefault(model, []).append(value(row) / row.published - 1)
+        assert f"| {factor} | {' | '.join(cells)} |" in text
+    low, high = ([percent(end(off[model]), 0)[:-2] for model in ("deepseek", "qwen")] for end in (min, max))
+    assert f"DeepSeek-V2-Lite is {low[0]} to {high[0]} % above" in text
+    assert f"Qwen1.5-MoE {low[1].removeprefix('-')} % below to {high[1]} % above" in text
     ends = [percent(share, 0)[:-2] for factor in "21" for share in sorted(over[f"olmoe {factor}"])]
     assert "**OLMoE is overstated**, by {} to {} % at factor 2 and {} to {} % at 1".format(*ends) in text
     near = [percent(share, 0)[:-2] for share in over["mixtral 2"] + over["mixtral 1.5"]]
