@@ -286,6 +286,13 @@ def test_limits_of_the_lab_model():
     assert all(device.values_by_seed[seed] < expert.values_by_seed[seed] for seed in expert.values_by_seed)
 
 
+def test_factors_by_layer_at_equal_latency():
+    rows = {row.row: row for row in results("capacity_aware_tiny") if (row.kind, row.table) == ("value", "latency")}
+    layers, one = rows["token drop, factors 0.875/1/1/1.125"], rows["token drop, equal latency"]
+    assert abs(layers.extra["latency"] / one.extra["latency"] - 1) < 0.005
+    assert f"(0.875/1/1/1.125), lose {value(layers) - value(one):.4f} bits per byte more" in page("limits.md")
+
+
 def test_the_simulation_of_eight_ranks():
     text, rows = page("limits.md"), results("capacity_aware_simulated")
     assert all(row.extra["simulation"] and row.verdict is None for row in rows)
