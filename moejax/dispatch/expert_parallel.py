@@ -126,12 +126,12 @@ class ExpertParallel:
         """The rows of this rank's experts, from the tokens of one piece of every rank."""
         move = TRANSPORTS[self.transport]
         if isinstance(plan, TokenExchangePlan):
-            buffer = rows.dispatch(x, plan.tokens, to_experts=False)
+            buffer = rows.dispatch(x, plan.tokens)
             with jax.named_scope("communicate"):
                 buffer = move(buffer, *rows_by_rank(plan), AXIS)
-            arrived = rows.dispatch(buffer, plan.rows)
+            arrived = rows.dispatch(buffer, plan.rows, to_experts=True)
             return rows.weighted_rows(arrived, weight_here(table.weight, plan), plan.rows) if weigh else arrived
-        buffer = rows.dispatch(x, plan.home, to_experts=False)
+        buffer = rows.dispatch(x, plan.home)
         if weigh:
             buffer = rows.weighted_rows(buffer, table.weight, plan.home)
         with jax.named_scope("communicate"):

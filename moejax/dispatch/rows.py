@@ -22,10 +22,10 @@ COMBINE: Implementation = "ref"
 
 
 def dispatch(
-    x: Float[Array, "T D"], plan: DispatchPlan, *, backend: str = "local", to_experts: bool = True
+    x: Float[Array, "T D"], plan: DispatchPlan, *, backend: str = "local", to_experts: bool = False
 ) -> Float[Array, "P D"]:
-    """Gathers each row's token. ``to_experts``: rows past the groups, which no expert computes, may hold anything. Rows
-    without a pair are zeros elsewhere, as in buffers whose groups do not follow one another."""
+    """Gathers each row's token; rows that hold no pair are zeros. ``to_experts``: groups follow one another, and rows
+    past them, which no expert computes, may hold anything."""
     if backend == "dense" or plan.token is not None:
         return take(x, plan.token_of_row)
     count = jnp.sum(plan.group_sizes) if to_experts else None

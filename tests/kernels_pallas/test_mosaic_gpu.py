@@ -1,6 +1,7 @@
 """The Hopper back end without a GPU: kernels under Pallas' interpreter, the schedule's laws, lowering for CUDA."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 
@@ -127,6 +128,75 @@ def test_outer_with_every_pattern_of_empty_groups(cluster, defer):
         expected = outer_ref(lhs, grad, sizes)
         assert error(out, expected) < 5e-3, some
         assert not np.any(np.asarray(out)[sizes == 0]), some
+
+
+# In how many parts a warpgroup's tile leaves, and through how many cells. Seven tiles are more than can be announced at a
+# time.
+CELLS = {
+    "4 of 2": rows.Config(block_n=256, split="m", defer=True, stages=2),
+    "3 of 2": rows.Config(block_n=192, split="m", defer=True, stages=2),
+    "1 of 2": rows.Config(block_m=64, block_n=128, stages=2),
+    "2 of 4": rows.Config(block_n=128, split="m", defer=True, stages=2, cells=4),
+}
+
+
+def seven_tiles(config, cluster=1, races=False):
+    """A product of seven tiles for each block; whether the detector found a race."""
+    rows_, n = 7 * config.block_m * cluster, config.block_n
+    lhs, rhs, sizes = normal(0, rows_, 64), normal(1, 1, 64, n), jnp.array([rows_], jnp.int32)
+    options = {"transpose_rhs": False, "extent_axis": "n"}
+    with hopper(cluster), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=races)):
+        config = dataclasses.replace(config, cluster=cluster)
+        out = jax.block_until_ready(
+            KERNELS.product(lhs, rhs, sizes, None, dtype=jnp.bfloat16, config=config, **options)
+        )
+        found = races and gpu_callbacks.get_races().races_found
+    close(out, ref.grouped_matmul(*wide((lhs, rhs)), sizes, **options), 5e-3, rows_)
+    return found
+
+
+@pytest.mark.parametrize(
+    "cells", [name if name != "2 of 4" else pytest.param(name, marks=pytest.mark.slow) for name in CELLS]
+)
+def test_no_race_over_many_tiles_of_a_block(cells):
+    assert not seven_tiles(CELLS[cells], races=True)
+
+
+def test_many_tiles_of_a_cluster():
+    seven_tiles(CELLS["4 of 2"], cluster=2)
+
+
+def test_the_race_detector_sees_a_cell_that_is_filled_too_early(monkeypatch):
+    """If the waits were those of cells that follow one another without a break."""
+    wait = plgpu.wait_smem_to_gmem
+    monkeypatch.setattr(plgpu, "wait_smem_to_gmem", lambda n, **options: wait(1 if options else n, **options))
+    assert seven_tiles(CELLS["3 of 2"], races=True)
+
+
+def test_a_note_is_not_written_over_before_all_heard_it(monkeypatch):
+    """Without the wait for them the interpreter stops at a barrier that completes unobserved."""
+
+    def careless(notes, number, *values):
+        words, told, _ = notes
+        at = jax.lax.rem(number, block.NOTES)
+        for i, value in enumerate(values):
+            words[at, i] = value
+        plgpu.barrier_arrive(told.at[at])
+
+    monkeypatch.setattr(rows, "announce", careless)
+    with pytest.raises(Exception, match="no threads observed phase"):
+        seven_tiles(CELLS["4 of 2"])
+
+
+@pytest.mark.parametrize("cluster", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_outer_with_many_tiles_of_a_block(cluster):
+    sizes, config = (64,) * 7, outer.Config(block_n=128, cluster=cluster, stages=2, defer=True)
+    lhs, grad = normal(0, 448, 128), normal(1, 448, 128)
+    with hopper(cluster), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=cluster == 1)):
+        spread = {"experts": 7, "extent_axis": "n", "dtype": jnp.bfloat16, "config": config}
+        out = jax.block_until_ready(backend.outer(lhs, grad, jnp.array(sizes, jnp.int32), None, **spread))
+        assert cluster > 1 or not gpu_callbacks.get_races().races_found
+    assert error(out, outer_ref(lhs, grad, sizes)) < 5e-3
 
 
 @pytest.mark.parametrize(

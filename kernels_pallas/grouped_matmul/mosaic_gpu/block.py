@@ -85,6 +85,13 @@ def announce(notes: Any, number: Any, *values: Any) -> None:
     plgpu.barrier_arrive(told.at[at])
 
 
+def dismiss(notes: Any, number: Any) -> None:
+    """Tells the consumers that tile `number` does not exist, and awaits that they heard everything."""
+    words, _, heard = notes
+    announce(notes, number, *[jnp.int32(-1)] * words.shape[1])
+    drain(heard, number + 1, NOTES)
+
+
 def follow(notes: Any, body: Callable, init: Any) -> Any:
     """Folds `body(note, carry)` over what was announced, until the last value of a note is below 0."""
     words, told, heard = notes
@@ -138,18 +145,21 @@ def release_last(empty: Any, step: Any, stages: int, condition: Any) -> None:
         plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
 
 
-def parts_of(shape: tuple[int, int], staged: Any) -> int:
+def parts_of(shape: tuple[int, ...], staged: Any) -> int:
     """In how many parts a warpgroup's tile leaves: a staging cell holds one."""
     _, cell_m, cell_n = staged.shape
     return shape[0] // cell_m * (shape[1] // cell_n)
 
 
 def in_cell(part: int, value: Array, staged: Any, send: Callable[[int, int, int], None]) -> None:
-    """A part of a warpgroup's tile leaves through the next of its staging cells; `send(cell, i, j)` starts the copy of
-    what lies i cells down and j across."""
+    """A part of a warpgroup's tile leaves through its staging cell; `send(cell, i, j)` starts the copy of what lies i
+    cells down and j across. All parts of all tiles, and results, must leave in order."""
     cells, cell_m, cell_n = staged.shape
+    parts = parts_of(value.shape, staged)
     i, j = divmod(part, value.shape[1] // cell_n)
-    plgpu.wait_smem_to_gmem(cells - 1, wait_read_only=True)
+    # The copy that last read this cell may have been of the tile before: with three parts, two cells go 0 1 0 0 1 0.
+    last = max(earlier for earlier in range(-parts, part) if earlier % parts % cells == part % cells)
+    plgpu.wait_smem_to_gmem(part - last - 1, wait_read_only=True)
     staged[part % cells] = value[i * cell_m : (i + 1) * cell_m, j * cell_n : (j + 1) * cell_n]
     plgpu.commit_smem()
     send(part % cells, i, j)

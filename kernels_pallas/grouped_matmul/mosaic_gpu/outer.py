@@ -24,6 +24,7 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     announce,
     claim,
     deferred,
+    dismiss,
     drain,
     follow,
     free_slots,
@@ -173,7 +174,7 @@ def _kernel(
             return number + 1, lax.fori_loop(0, depth(start, end), fetch, step)
 
         number, step = walk(tile, (jnp.int32(0), jnp.int32(0)))
-        announce(notes, number, *[jnp.int32(-1)] * NOTE)
+        dismiss(notes, number)
         drain(empty, step, stages)
 
     @pl.when(wg < CONSUMERS)

@@ -27,6 +27,7 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     announce,
     claim,
     deferred,
+    dismiss,
     drain,
     follow,
     free_slots,
@@ -189,7 +190,7 @@ def _kernel(
             return number + 1, lax.cond(tile.shares_rhs, loop(True), loop(False), step)
 
         number, step = ring(grid, sizes, extents, tile, (jnp.int32(0), jnp.int32(0)))
-        announce(notes, number, *[jnp.int32(-1)] * NOTE)
+        dismiss(notes, number)
         drain(empty, step, stages)
 
     @pl.when(wg < CONSUMERS)
