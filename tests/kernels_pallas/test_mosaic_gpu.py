@@ -130,8 +130,7 @@ def test_outer_with_every_pattern_of_empty_groups(cluster, defer):
         assert not np.any(np.asarray(out)[sizes == 0]), some
 
 
-# In how many parts a warpgroup's tile leaves, and through how many cells. Seven tiles are more than can be announced at a
-# time.
+# In how many parts a warpgroup's tile leaves, and through how many cells.
 CELLS = {
     "4 of 2": rows.Config(block_n=256, split="m", defer=True, stages=2),
     "3 of 2": rows.Config(block_n=192, split="m", defer=True, stages=2),
@@ -141,7 +140,7 @@ CELLS = {
 
 
 def seven_tiles(config, cluster=1, races=False):
-    """A product of seven tiles for each block; whether the detector found a race."""
+    """A product of seven tiles for each block, more than can be announced at a time; whether there was a race."""
     rows_, n = 7 * config.block_m * cluster, config.block_n
     lhs, rhs, sizes = normal(0, rows_, 64), normal(1, 1, 64, n), jnp.array([rows_], jnp.int32)
     options = {"transpose_rhs": False, "extent_axis": "n"}
