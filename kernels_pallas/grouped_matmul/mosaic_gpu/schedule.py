@@ -1,7 +1,7 @@
 """Which tile each step of the persistent grid computes, found inside the kernel while it walks through the groups.
 
-Each warpgroup walks by itself: it keeps the group it is in, and moves on when its next slot lies beyond that group's
-last one. A table made before the kernel would cost several small kernels, which is as long as decoding one token.
+The copying warpgroup walks: it keeps the group it is in, and moves on when its next slot lies beyond that group's last
+one. A table made before the kernel would cost several small kernels, which is as long as decoding one token.
 
 The rows of a group are cut into tiles of `block_m` rows. A group's last tile is moved back to end at the group's end
 when the group has `block_m` rows or more: it computes some rows twice (the same bits, so that two blocks may write
