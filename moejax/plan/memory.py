@@ -103,9 +103,7 @@ def evaluate(config: ExperimentConfig, mesh: MeshConfig, platform: Platform, wei
     weights = {part: n * weight_bytes for part, n in activations.parameters(config.model, s).items() if n}
     arguments = [*_weights("parameters", weights), *_state(s)]
     flags = {flag for pattern, _ in layer_groups(s.model) for flag in pattern}
-    # Without experts nothing reads the mask, and XLA does not take it.
-    width = BATCH_BYTES if True in flags else BATCH_BYTES - 1
-    arguments.append(Array("batch", "tokens, targets, positions, segments, mask", s.tokens * width))
+    arguments.append(Array("batch", "tokens, targets, positions, segments, mask", s.tokens * BATCH_BYTES))
     logits = [
         Array("logits and loss", "logits [T,V]", s.tokens * s.model.vocab_size * F32),
         Array("norms", "input", 2 * s.tokens * s.model.dim * s.itemsize),
