@@ -246,7 +246,7 @@ def simulate(name: str, times: Times, count: int, spare: int = 1) -> list[Outcom
     return made
 
 
-def result_rows(outcomes: list[Outcome], command: str, own: Container[str] = ()) -> list[ResultRow]:
+def result_rows(outcomes: list[Outcome], command: str, own: Container[str]) -> list[ResultRow]:
     """Rows of two tables, each marked as a simulation. ``own``: models whose own experts were timed; of the others it
     was OLMoE's, by their size."""
     facts, rows = environment_facts(), []
