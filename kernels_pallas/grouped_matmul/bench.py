@@ -3,6 +3,7 @@
     python -m kernels_pallas.grouped_matmul.bench [--operation forward dlhs drhs decode major] [--shape NAME ...]
         [--projection up down] [--alpha A ...] [--rows N ...] [--implementation NAME ...] [--layout EKN ENK]
         [--families NAME ...] [--seconds S] [--minutes M] [--repeats N] [--dtype bfloat16] [--output FILE.jsonl]
+        [--tune none short full] [--known FILE.jsonl ...] [--ceiling NAME ...] [--processes N]
     python -m kernels_pallas.grouped_matmul.bench --operation ffn [--shape NAME ...]
     python -m kernels_pallas.grouped_matmul.bench --summary FILE.jsonl
 
@@ -11,6 +12,10 @@ time one grouped matmul: families and their order are in `kernels_pallas.rivals.
 checked against float32 before it is timed; one that is wrong, refuses or crashes gives a row with "error" and no
 time. Groups are drawn from Dirichlet(alpha): 5 is mild, 0.5 harsh. `decode` counts bytes that must move, the
 others floating-point operations of valid rows. `major` gives every group the leading half of F.
+
+On a GPU four processes (`--processes`) take the cases of ours in turn: one measures while the others, and the family
+`dense`, compile what comes next. `--known` takes the best configurations of dense and rival kernels from earlier
+rows instead of a sweep, `--ceiling` names the dense matmuls to time.
 """
 
 import argparse
@@ -23,7 +28,7 @@ from kernels_pallas.grouped_matmul import ffn_bench, specs
 from kernels_pallas.rivals import case as cases
 from kernels_pallas.rivals import command
 from kernels_pallas.rivals import rows as results
-from kernels_pallas.rivals.case import Case, Settings
+from kernels_pallas.rivals.case import Case
 
 DECODE_ROWS = (8, 512, 2048)
 
@@ -81,12 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     operations = [name for name in args.operation if name != "ffn"]
     if not operations:
         return 0
-    known = results.known_configurations(results.read(args.output) if args.output else [], jax.devices()[0].device_kind)
-    settings = Settings(
-        args.repeats or 20, args.target_ms, tuple(args.implementation), tuple(args.layout), args.tune, known
-    )
     todo = grouped_cases(operations, args.shape, args.projection, args.alpha, args.rows, args.dtype)
-    return command.run(args, "GROUPED", todo, settings)
+    return command.run(args, "GROUPED", todo, command.settings(args, args.layout))
 
 
 if __name__ == "__main__":

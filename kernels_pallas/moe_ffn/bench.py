@@ -10,6 +10,9 @@ softmax and top-k before it, whose random weights spread tokens almost evenly. S
 against float32 before it is timed, values and gradients; one that is wrong, refuses or crashes gives a row with
 "error" and no time. FLOPs are those of the three matmuls (three times as many with the backward). Rows carry the
 peak memory of a pass with its inputs and results, and ours what is saved for the backward pass.
+
+On a GPU four processes (`--processes`) take the cases of ours in turn: one measures while the others, and the family
+`dense`, compile what comes next. `--known` takes the best configurations of dense kernels from earlier rows.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from kernels_pallas.moe_ffn import specs
 from kernels_pallas.rivals import case as cases
 from kernels_pallas.rivals import command
 from kernels_pallas.rivals import rows as results
-from kernels_pallas.rivals.case import LayerCase, Settings
+from kernels_pallas.rivals.case import LayerCase
 
 
 def layer_cases(
@@ -63,10 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.summary:
         print(results.table(results.read(args.summary)))
         return 0
-    known = results.known_configurations(results.read(args.output) if args.output else [], jax.devices()[0].device_kind)
-    settings = Settings(args.repeats or 20, args.target_ms, tuple(args.implementation), tune=args.tune, known=known)
     todo = layer_cases(args.shape, args.passes, args.scope, args.alpha, args.dtype)
-    return command.run(args, "LAYER", todo, settings)
+    return command.run(args, "LAYER", todo, command.settings(args))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ class Settings:
         implementations: names to run, all if empty.
         layouts: of the weights: "EKN" as stored, "ENK" transposed.
         tune: "short" (a few configurations), "full" (all that the rival lists) or "none".
+        ceilings: of family `dense` to run, all if empty.
         known: configurations found before, by `key`: they save the sweep.
     """
 
@@ -175,12 +176,18 @@ class Settings:
     implementations: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ("EKN",)
     tune: str = "short"
+    ceilings: tuple[str, ...] = ()
     known: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def key(implementation: str, case: Case) -> str:
     """Under which a configuration found by a sweep is kept: skews and seeds share one."""
     return f"{implementation} {case.operation} {case.projection} {case.name} {case.rows} {case.dtype}"
+
+
+def without_groups(case: Case) -> Case:
+    """What a program is compiled for: group sizes are data on the device, so skews share a program."""
+    return dataclasses.replace(case, alpha=0.0, group_sizes=())
 
 
 def sampled_rows(case: Case, groups: int = 8, rows: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -3,12 +3,14 @@
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
 from kernels_pallas.rivals import rows, worker
 from kernels_pallas.rivals.case import AnyCase, Settings
+
+CEILINGS = {"GROUPED": ("dense_mosaic", "dense_cublas", "batched_cublas", "copy"), "LAYER": ("dense_mosaic",)}
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -21,6 +23,11 @@ def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="limit for one implementation of one case")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no case starts after that")
     parser.add_argument("--tune", choices=("none", "short", "full"), default="short", help="of rivals")
+    parser.add_argument(
+        "--ceiling", nargs="+", default=[], choices=CEILINGS[kind], help="of family dense, by name; default: all"
+    )
+    parser.add_argument("--processes", type=int, default=4, help="of ours: while one measures, the others compile")
+    parser.add_argument("--known", nargs="+", metavar="FILE", default=[], help="use configurations of these rows too")
     parser.add_argument("--output", help="JSON lines, appended as they come; configurations in it are used again")
     parser.add_argument("--summary", metavar="FILE", help="print the table of a file of rows, and end")
     parser.add_argument("--tokamax", metavar="FOLDERS", help="import tokamax from there (MOEJAX_TOKAMAX)")
@@ -28,14 +35,24 @@ def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--liger", metavar="FOLDERS", help="import liger-kernel from there (MOEJAX_LIGER)")
 
 
+def settings(args: argparse.Namespace, layouts: Sequence[str] = ("EKN",)) -> Settings:
+    """What the flags say; later files' configurations go before those of earlier ones, the output's before all."""
+    device = jax.devices()[0].device_kind
+    known: dict[str, str] = {}
+    for path in (*args.known, *([args.output] if args.output else ())):
+        known |= rows.known_configurations(rows.read(path), device)
+    return Settings(
+        args.repeats or 20, args.target_ms, tuple(args.implementation), tuple(layouts), args.tune, tuple(args.ceiling),
+        known,
+    )  # fmt: skip
+
+
 def shares_device() -> None:
     """Processes share one device: this one must not take all its memory. Before JAX first uses it."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def run(
-    args: argparse.Namespace, kind: str, cases: Iterable[AnyCase], settings: Settings, say: Callable = print
-) -> int:
+def run(args: argparse.Namespace, kind: str, todo: Iterable[AnyCase], settings: Settings, say: Callable = print) -> int:
     """Runs all cases; returns 1 if an implementation of ours gave an error, else 0.
 
     Families run in processes of their own, on a CPU in this one.
@@ -48,10 +65,17 @@ def run(
     names = [name for name in worker.families_of(kind) if name in (args.families or worker.families_of(kind))]
     if on_cpu and not args.families:
         names = ["ours"]
-    make = worker.Inline if on_cpu else worker.Worker
-    workers = {name: make(kind, name, args.seconds) for name in names}
+    todo = list(todo)
+    workers: dict[str, worker.Inline | worker.Team] = {}
+    for name in names:
+        if on_cpu:
+            workers[name] = worker.Inline(kind, name)
+        else:
+            count = max(1, args.processes if worker.families_of(kind)[name].team else 1)
+            members = [worker.Worker(kind, name, args.seconds) for _ in range(min(count, len(todo)))]
+            workers[name] = worker.Team(members, todo, settings)
     for process in workers.values():
-        if isinstance(process, worker.Worker):
+        if isinstance(process, worker.Team):
             process.start()  # all at once: they load while the first one measures
     problems = []
     extra = {"commit": rows.commit()}
@@ -59,7 +83,7 @@ def run(
     say(f"{device}, jax {jax.__version__}, families: {' '.join(names)}")
     say(rows.HEAD)
     try:
-        for case in cases:
+        for case in todo:
             if time.monotonic() - started > 60 * args.minutes:
                 say(f"stopped before {case.name} {case.fields()['operation']}: --minutes {args.minutes:g} are over")
                 break

@@ -26,23 +26,49 @@ SHORT = tuple(itertools.product("MN", (4, 8), "MN", "MN"))
 FULL = tuple(itertools.product("MN", (4, 8, 16), "MN", "MN"))
 
 
-def measurements(case: AnyCase, settings: Settings) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """The ceilings of a case; for `major` those of the effective columns."""
+def shapes(case: AnyCase) -> dict[str, tuple[int, int, int]]:
+    """(m, n, k) of the dense matmuls that a case is held against, by name; none for decode."""
     if isinstance(case, LayerCase):
         # gate and up are one matmul of 2F columns, as a fused kernel has them
-        for name, n, k in (("up", 2 * case.d_expert, case.d_model), ("down", case.d_model, case.d_expert)):
-            yield f"dense_mosaic/{name}", functools.partial(mosaic, case.rows, n, k, case.dtype, settings)
-    elif case.operation == "decode":
+        up, down = (2 * case.d_expert, case.d_model), (case.d_model, case.d_expert)
+        return {"dense_mosaic/up": (case.rows, *up), "dense_mosaic/down": (case.rows, *down)}
+    if case.operation == "decode":
+        return {}
+    columns = case.extent or case.d_expert
+    n, k = (columns, case.d_model) if case.projection == "up" else (case.d_model, columns)
+    return {"dense_mosaic": (case.rows, *((k, n) if case.operation == "dlhs" else (n, k)))}
+
+
+def measurements(case: AnyCase, settings: Settings) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The ceilings of a case, those wanted; for `major` those of the effective columns."""
+    for name, run in _all(case, settings):
+        if not settings.ceilings or name.split("/")[0] in settings.ceilings:
+            yield name, run
+
+
+def _all(case: AnyCase, settings: Settings) -> Iterator[tuple[str, Callable[[], dict]]]:
+    for name, shape in shapes(case).items():
+        yield name, functools.partial(mosaic, *shape, case.dtype, settings)
+    if isinstance(case, LayerCase):
+        return
+    if case.operation == "decode":
         yield "copy", functools.partial(copy, settings)
-    else:
-        columns = case.extent or case.d_expert
-        n, k = (columns, case.d_model) if case.projection == "up" else (case.d_model, columns)
-        if case.operation == "dlhs":
-            n, k = k, n
-        yield "dense_mosaic", functools.partial(mosaic, case.rows, n, k, case.dtype, settings)
-        yield "dense_cublas", functools.partial(cublas, case.rows, n, k, case.dtype, settings)
-        if case.operation != "major":
-            yield "batched_cublas", functools.partial(batched, case, settings)
+        return
+    yield "dense_cublas", functools.partial(cublas, *shapes(case)["dense_mosaic"], case.dtype, settings)
+    if case.operation != "major":
+        yield "batched_cublas", functools.partial(batched, case, settings)
+
+
+def prepare(case: AnyCase, settings: Settings) -> None:
+    """Compiles what `mosaic` will try; XLA's own matmuls are tuned on the device, when it is their turn."""
+    for m, n, k in shapes(case).values() if jax_run.on_gpu() else ():
+        shape = f"{m} {n} {k} {case.dtype}"
+        if shape not in _MEASURED:
+            args = tuple(jax.ShapeDtypeStruct(of, jnp.dtype(case.dtype)) for of in ((m, k), (k, n)))
+            found, known = candidates(settings), settings.known.get(dense_key(shape))
+            if not jax_run.prepare_best(args, found, known, shape):
+                assert known is not None
+                jax_run.prepare((shape, "timed"), found[known], *args)
 
 
 def _row(timings: timing.Timings, flops: int) -> dict:
@@ -64,32 +90,45 @@ def matrices(m: int, n: int, k: int, dtype: str) -> tuple[Array, Array]:
 _MEASURED: dict[str, dict] = {}  # skews, and operations of one shape, share a ceiling within a run
 
 
+def candidates(settings: Settings) -> dict[str, Callable[..., Array]]:
+    """Configurations of the example kernel by name."""
+    example = importlib.import_module("jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu")
+    side = example.MatmulDimension
+
+    def candidate(minor: str, width: int, split: str, cluster: str) -> Callable[..., Array]:
+        config = example.TuningConfig(128, 128, 64, 4, 64, 64, side[minor], width, side[split], side[cluster])
+        return lambda a, b: example.matmul(a, b, None, config)
+
+    tried = FULL if settings.tune == "full" else SHORT
+    return {f"minor {c[0]} width {c[1]} warpgroups {c[2]} cluster {c[3]}": candidate(*c) for c in tried}
+
+
+@functools.partial(jax.jit, compiler_options=jax_run.UNTUNED)
+def _expected(a: Array, b: Array, rows: Array) -> Array:
+    return jnp.dot(a[rows].astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+
+
 def mosaic(m: int, n: int, k: int, dtype: str, settings: Settings) -> dict:
     """Columns of `dense_mosaic` at [m,k] x [k,n]. Raises RuntimeError if no configuration runs."""
     if not jax_run.on_gpu():
         raise NotImplementedError("the dense example kernel is for Hopper GPUs")
     shape = f"{m} {n} {k} {dtype}"
     if shape not in _MEASURED:
-        example = importlib.import_module("jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu")
-        side = example.MatmulDimension
         a, b = matrices(m, n, k, dtype)
         rows = jnp.arange(0, m, max(1, m // 64))
-        expected = jnp.dot(a[rows].astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-
-        def candidate(minor: str, width: int, split: str, cluster: str) -> Callable[..., Array]:
-            config = example.TuningConfig(128, 128, 64, 4, 64, 64, side[minor], width, side[split], side[cluster])
-            return lambda a, b: example.matmul(a, b, None, config)
+        expected = _expected(a, b, rows)
 
         def verify(out: Array) -> None:
             difference = out[rows].astype(jnp.float32) - expected
             if not float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected)) <= cases.TOLERANCE[dtype]:
                 raise cases.WrongResult("the dense example is wrong here")
 
-        tried = FULL if settings.tune == "full" else SHORT
-        candidates = {f"minor {c[0]} width {c[1]} warpgroups {c[2]} cluster {c[3]}": candidate(*c) for c in tried}
-        name, failures = jax_run.best_of((a, b), candidates, verify, settings, settings.known.get(dense_key(shape)))
-        timings = _time(functools.partial(jax_run.compiled(candidates[name], a, b), a, b), settings)
-        row = _row(timings, 2 * m * n * k) | {"config": name, "configs_tried": len(tried)}
+        found, known = candidates(settings), settings.known.get(dense_key(shape))
+        name, failures = jax_run.best_of((a, b), found, verify, settings, known, shape)
+        run = jax_run.program((shape, "timed"), found[name], a, b)
+        verify(run(a, b))
+        timings = _time(functools.partial(run, a, b), settings)
+        row = _row(timings, 2 * m * n * k) | {"config": name, "configs_tried": 1 if name == known else len(found)}
         _MEASURED[shape] = row | {"configs_failed": len(failures), "dense_shape": shape}
     return _MEASURED[shape]
 
@@ -100,13 +139,24 @@ def dense_key(shape: str) -> str:
 
 
 def cublas(m: int, n: int, k: int, dtype: str, settings: Settings) -> dict:
-    a, b = matrices(m, n, k, dtype)
-    run = jax_run.compiled(jnp.dot, a, b)
-    return _row(_time(functools.partial(run, a, b), settings), 2 * m * n * k)
+    """Columns of `dense_cublas` at [m,k] x [k,n]."""
+    shape = f"cublas {m} {n} {k} {dtype}"
+    if shape not in _MEASURED:
+        a, b = matrices(m, n, k, dtype)
+        run = jax_run.compiled(jnp.dot, a, b)
+        _MEASURED[shape] = _row(_time(functools.partial(run, a, b), settings), 2 * m * n * k)
+    return _MEASURED[shape]
 
 
 def batched(case: Case, settings: Settings) -> dict:
-    """E equal groups as one einsum, on slices of the case's operands."""
+    """E equal groups as one einsum, on slices of the case's operands; the skew does not matter."""
+    shape = f"batched {cases.without_groups(case)}"
+    if shape not in _MEASURED:
+        _MEASURED[shape] = _batched(case, settings)
+    return _MEASURED[shape]
+
+
+def _batched(case: Case, settings: Settings) -> dict:
     a, b, _ = jax_run.operands(case)[0]
     each = case.rows // case.experts
 

@@ -14,12 +14,14 @@ class Family:
         path: name of the environment variable with the folders (separated as in PYTHONPATH) to import from first.
         patience: how much longer than other families it may take for one row, because it tunes itself.
         environment: variables of its process.
+        team: whether several processes may take its cases in turn, so that they compile ahead.
     """
 
     module: str
     path: str | None = None
     patience: float = 1.0
     environment: tuple[tuple[str, str], ...] = ()
+    team: bool = False
 
     def load(self) -> ModuleType:
         """The module; raises what its import raises."""
@@ -37,11 +39,11 @@ GROUPED = {
     "example": Family("jax_example", patience=2.0),
     "tokamax": Family("tokamax_rivals", "MOEJAX_TOKAMAX", patience=4.0),
     "tokamax-triton": Family("tokamax_rivals", "MOEJAX_TOKAMAX_TRITON", patience=4.0),
-    "ours": Family("ours"),
+    "ours": Family("ours", team=True),
 }
 LAYER = {
     "dense": Family("dense", patience=2.0),
     "transformers": Family("transformers_rivals", environment=NO_JAX),
     "liger": Family("liger_rivals", "MOEJAX_LIGER", patience=4.0, environment=NO_JAX),
-    "ours": Family("layer"),
+    "ours": Family("layer", team=True),
 }

@@ -44,6 +44,12 @@ def measurements(case: Case, settings: Settings) -> Iterator[tuple[str, Callable
         yield NAME, functools.partial(measure, case, settings)
 
 
+def prepare(case: Case, settings: Settings) -> None:
+    """Compiles what `measurements` will try."""
+    if case.operation != "major":
+        jax_run.prepare_tuned(case, settings, NAME, candidates(case))
+
+
 def measure(case: Case, settings: Settings) -> dict:
     if not jax_run.on_gpu():
         raise NotImplementedError("the example kernels are for Hopper GPUs")

@@ -7,9 +7,10 @@ Operands by operation:
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,8 @@ from kernels_pallas.rivals.case import BETWEEN_USES, Case, Settings, WrongResult
 
 Operands = tuple[Array, Array, Array]
 Product = Callable[[Array, Array, Array], Array]
+# Checks are not timed: XLA need not search for their fastest matmul, which takes longer than the check.
+UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 def versions() -> dict[str, str]:
@@ -43,14 +46,18 @@ def abstract(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
     return a, b, jax.ShapeDtypeStruct((case.experts,), jnp.dtype("int32"))
 
 
+def input_sets(case: Case) -> int:
+    """How many sets of operands `operands` makes."""
+    return timing.copies(case.bytes, BETWEEN_USES) if case.operation == "decode" and on_gpu() else 1
+
+
 @functools.lru_cache(maxsize=1)  # one case at a time: a second would double what the device holds
 def operands(case: Case) -> tuple[Operands, ...]:
     """Sets of random normal operands; several where one set would stay in the cache (decode)."""
     a_shape, b_shape = case.operand_shapes
-    count = timing.copies(case.bytes, BETWEEN_USES) if case.operation == "decode" and on_gpu() else 1
     sizes = jnp.asarray(case.group_sizes, jnp.int32)
     sets = []
-    for i in range(count):
+    for i in range(input_sets(case)):
         keys = jax.random.split(jax.random.key(i), 2)
         a = normal(keys[0], a_shape, 1.0, case.dtype)
         b = normal(keys[1], b_shape, 1.0 if case.operation == "drhs" else a_shape[1] ** -0.5, case.dtype)
@@ -76,9 +83,9 @@ def wanted(name: str, settings: Settings) -> bool:
     return name not in ("ref", "lax", "tokamax", *(() if jax.default_backend() == "cpu" else ("cpu_tiled",)))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=UNTUNED)
 def _row_errors(out: Array, operands: Operands, where: tuple[Array, Array], spec: str, case: Case) -> Array:
-    """Relative norm of the error on some rows of some groups, [G]."""
+    """Relative norm of the error on some rows of some groups, [G]; of `case` only the shape matters."""
     a, b, _ = operands
     group, rows = where
 
@@ -96,7 +103,7 @@ def _row_errors(out: Array, operands: Operands, where: tuple[Array, Array], spec
     return jax.lax.map(one, (group, rows))
 
 
-@functools.partial(jax.jit, static_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=(3,), compiler_options=UNTUNED)
 def _outer_error(out: Array, a: Array, b: Array, rows: int, start: Array, size: Array, expert: Array) -> Array:
     """Relative norm of the error of one expert's weight gradient; `rows` bounds its group."""
     row = jnp.where(jnp.arange(rows) < size, start + jnp.arange(rows), a.shape[0])
@@ -121,19 +128,44 @@ def error(case: Case, operands: Operands, out: Array) -> float:
             raise WrongResult(f"weight gradients of the {len(empty)} experts without rows are not zero")
     else:
         spec = "rn,kn->rk" if case.operation == "dlhs" else "rk,kn->rn"
-        errors = list(_row_errors(out, operands, cases.sampled_rows(case), spec, case))
+        errors = list(_row_errors(out, operands, cases.sampled_rows(case), spec, cases.without_groups(case)))
     return float(np.max(np.asarray(errors, np.float32)))
 
 
 def finite(case: Case, out: Array) -> bool:
     """Whether every valid element is finite (columns beyond an extent are not valid)."""
     columns = case.extent if case.extent is not None and case.projection == "up" else out.shape[-1]
-    return bool(jax.jit(lambda x: jnp.isfinite(x[..., :columns]).all())(out))
+    return bool(_finite(out, columns))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _finite(out: Array, columns: int) -> Array:
+    return jnp.isfinite(out[..., :columns]).all()
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> Any:
     """The executable of `function` for these arguments."""
     return jax.jit(function).lower(*args).compile()
+
+
+_PREPARED: dict[Hashable, Any] = {}  # executables that were compiled before their case was to be measured
+
+
+def prepare(key: Hashable, function: Callable[..., Any], *args: Any) -> None:
+    """Compiles `function` for arguments that may be abstract, so that `program` of the same key need not."""
+    if key not in _PREPARED:
+        _PREPARED[key] = compiled(function, *args)
+
+
+def program(key: Hashable, function: Callable[..., Any], *args: Any) -> Any:
+    """`compiled`, or what was prepared under this key, which is used once."""
+    return _PREPARED.pop(key, None) or compiled(function, *args)
+
+
+def in_parallel(calls: Mapping[str, Callable[[], Any]]) -> dict[str, concurrent.futures.Future]:
+    """The calls, each in a thread; compiling leaves Python's lock for much of its time."""
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return {name: pool.submit(call) for name, call in calls.items()}
 
 
 def check(case: Case, out: Array, operands: Operands) -> float:
@@ -148,6 +180,39 @@ def same(x: Any) -> Any:
     return x
 
 
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A program whose results on all sets of operands were right."""
+
+    case: Case
+    run: Any
+    sets: list[Operands]
+    view: Callable[[Array], Array]
+    error: float
+
+    def call(self) -> list[Array]:
+        return self.run(*self.sets)
+
+    def finite(self) -> None:
+        """Raises WrongResult if a valid element is not."""
+        if not all(finite(self.case, self.view(out)) for out in self.call()):
+            raise WrongResult("some valid elements are not finite after the timings")
+
+
+def _checked(
+    case: Case,
+    product: Product,
+    transform: Callable[[Operands], Operands] = same,
+    view: Callable[[Array], Array] = same,
+    label: str = "",
+) -> _Checked:
+    originals = operands(case)
+    sets = [transform(s) for s in originals]
+    run = program((label, cases.without_groups(case)), _over_sets(product), *sets)
+    found = max(check(case, view(out), s) for out, s in zip(run(*sets), originals, strict=True))
+    return _Checked(case, run, sets, view, found)
+
+
 def time_product(
     case: Case,
     settings: Settings,
@@ -155,23 +220,60 @@ def time_product(
     transform: Callable[[Operands], Operands] = same,
     view: Callable[[Array], Array] = same,
     read: Callable[[str], dict] | None = None,
+    label: str = "",
 ) -> dict:
     """Columns of a row: check, time, check again that all valid elements are finite. Raises WrongResult.
 
     `transform` changes the operands beforehand, say to another layout of the weights, and `view` a result before
-    its check; neither is timed. `read` makes further columns from the text of the compiled program.
+    its check; neither is timed. `read` makes further columns from the text of the compiled program. Under `label` the
+    program may have been prepared.
     """
-    originals = operands(case)
-    sets = [transform(s) for s in originals]
-    run = compiled(lambda *sets: [product(*s) for s in sets], *sets)
-    found = max(check(case, view(out), s) for out, s in zip(run(*sets), originals, strict=True))
-    batch = timing.wall_clock(lambda: run(*sets), jax.block_until_ready)
-    timings = timing.repeat(batch, settings.repeats, settings.target_ms, per_call=len(sets))
-    if not all(finite(case, view(out)) for out in run(*sets)):
-        raise WrongResult("some valid elements are not finite after the timings")
-    memory = getattr(run.memory_analysis(), "temp_size_in_bytes", None)
-    row = timings.fields() | {"relative_error": found, "temporary_bytes": memory, "input_sets": len(sets)}
-    return row | versions() | (read(run.as_text()) if read else {})
+    it = _checked(case, product, transform, view, label)
+    batch = timing.wall_clock(it.call, jax.block_until_ready)
+    timings = timing.repeat(batch, settings.repeats, settings.target_ms, per_call=len(it.sets))
+    it.finite()
+    return _columns(it, timings) | (read(it.run.as_text()) if read else {})
+
+
+def time_beside_full(
+    case: Case,
+    settings: Settings,
+    product: Callable[[Case], Product],
+    transform: Callable[[Operands], Operands] = same,
+    label: str = "",
+) -> dict:
+    """As `time_product` for `major`, timed in turn with the same call without extents; `ratio_to_full` is the median of
+    the ratios of timings that follow one another."""
+    full = dataclasses.replace(case, operation="forward")
+    both = {name: _checked(one, product(one), transform, label=label) for name, one in (("", case), ("full_", full))}
+    calls = {name: one.call for name, one in both.items()}
+    sets = len(both[""].sets)
+    timings = timing.in_turns(calls, jax.block_until_ready, settings.repeats, settings.target_ms, per_call=sets)
+    for one in both.values():
+        one.finite()
+    ratios = np.asarray(timings[""].seconds) / np.asarray(timings["full_"].seconds)
+    return _columns(both[""], timings[""]) | {
+        "full_median_ms": 1e3 * timings["full_"].median,
+        "ratio_to_full": float(np.median(ratios)),
+        "ratio_to_full_p10": float(np.percentile(ratios, 10)),
+        "ratio_to_full_p90": float(np.percentile(ratios, 90)),
+    }
+
+
+def _columns(it: _Checked, timings: timing.Timings) -> dict:
+    memory = getattr(it.run.memory_analysis(), "temp_size_in_bytes", None)
+    row = timings.fields() | {"relative_error": it.error, "temporary_bytes": memory, "input_sets": len(it.sets)}
+    return row | versions()
+
+
+def _over_sets(product: Product) -> Callable[..., list[Array]]:
+    return lambda *sets: [product(*s) for s in sets]
+
+
+def prepare_product(case: Case, product: Product, label: str, transform: Callable[[Operands], Operands] = same) -> None:
+    """Compiles what `time_product` of the same label will run; nothing runs on the device."""
+    sets = [jax.eval_shape(transform, abstract(case))] * input_sets(case)
+    prepare((label, cases.without_groups(case)), _over_sets(product), *sets)
 
 
 def best_of(
@@ -180,39 +282,60 @@ def best_of(
     verify: Callable[[Array], Any],
     settings: Settings,
     known: str | None,
+    key: Hashable = None,
 ) -> tuple[str, dict[str, str]]:
     """(name of the fastest candidate on `args`, reasons of those that failed).
 
     Compiles in parallel, checks each by `verify`, which raises, and times each a little. `known` (found by an
-    earlier run) saves the sweep. Raises RuntimeError with the first reasons if none runs.
+    earlier run) saves the sweep; under `key` the candidates may have been prepared. Raises RuntimeError with the first
+    reasons if none runs.
     """
     if known is not None and known in candidates:
         return known, {}
     failures: dict[str, str] = {}
     times = []
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = {name: pool.submit(compiled, candidate, *args) for name, candidate in candidates.items()}
-        for name, job in jobs.items():
-            try:
-                run = job.result()
-                verify(run(*args))
-                batch = timing.wall_clock(functools.partial(run, *args), jax.block_until_ready)
-                times.append((timing.repeat(batch, 3, settings.target_ms / 3).median, name))
-            except Exception as problem:
-                failures[name] = f"{type(problem).__name__}: {problem}"
+    jobs = {name: functools.partial(program, (key, name), one, *args) for name, one in candidates.items()}
+    for name, job in in_parallel(jobs).items():
+        try:
+            run = job.result()
+            verify(run(*args))
+            batch = timing.wall_clock(functools.partial(run, *args), jax.block_until_ready)
+            times.append((timing.repeat(batch, 3, settings.target_ms / 3).median, name))
+        except Exception as problem:
+            failures[name] = f"{type(problem).__name__}: {problem}"
     if not times:
         reasons = "; ".join(f"{name}: {reason[:200]}" for name, reason in list(failures.items())[:3])
         raise RuntimeError(f"none of {len(candidates)} configurations ran ({reasons})")
     return min(times)[1], failures
 
 
+def prepare_best(
+    args: tuple[Any, ...], candidates: Mapping[str, Callable[..., Array]], known: str | None, key: Hashable
+) -> bool:
+    """Compiles what `best_of` of the same key will try; False if a known configuration leaves it nothing to try."""
+    if known is not None and known in candidates:
+        return False
+    in_parallel({name: functools.partial(prepare, (key, name), one, *args) for name, one in candidates.items()})
+    return True
+
+
+def prepare_tuned(case: Case, settings: Settings, label: str, candidates: Mapping[str, Product]) -> None:
+    """Compiles what `time_best` will try, or its known configuration."""
+    known = settings.known.get(cases.key(label, case))
+    if not prepare_best(abstract(case), candidates, known, (label, cases.without_groups(case))):
+        assert known is not None
+        prepare_product(case, candidates[known], f"{label} {known}")
+
+
 def time_best(case: Case, settings: Settings, label: str, candidates: Mapping[str, Product]) -> dict:
     """`time_product` of the fastest of several configurations; which one it was is a column."""
     operand = operands(case)[0]
     known = settings.known.get(cases.key(label, case))
-    name, failures = best_of(operand, candidates, lambda out: check(case, out, operand), settings, known)
-    row = time_product(case, settings, candidates[name])
-    return row | {"config": name, "configs_tried": len(candidates), "configs_failed": len(failures)}
+    key = (label, cases.without_groups(case))
+    name, failures = best_of(operand, candidates, lambda out: check(case, out, operand), settings, known, key)
+    row = time_product(case, settings, candidates[name], label=f"{label} {name}")
+    tried = 1 if name == known else len(candidates)
+    return row | {"config": name, "configs_tried": tried, "configs_failed": len(failures)}
 
 
 def gradient(matmul: Product, operation: str) -> Product:

@@ -40,6 +40,15 @@ def operands(case: LayerCase) -> dict[str, Array]:
     return jax.block_until_ready(made)
 
 
+def abstract(case: LayerCase) -> dict[str, jax.ShapeDtypeStruct]:
+    """`operands` without data."""
+    t, d, f, e, k = case.tokens, case.d_model, case.d_expert, case.experts, case.top_k
+    shapes = {"x": (t, d), "dy": (t, d), "gate": (e, d, f), "up": (e, d, f), "down": (e, f, d), "router": (d, e)}
+    made = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for name, shape in shapes.items()}
+    routing = {"expert": jnp.dtype("int32"), "weight": jnp.dtype("float32")}
+    return made | {name: jax.ShapeDtypeStruct((t, k), dtype) for name, dtype in routing.items()}
+
+
 def route(x: Float[Array, "T D"], router: Float[Array, "D E"], top_k: int) -> tuple[Array, Array]:
     """(expert, weight) [T,k]: the k largest of a softmax in float32, scaled to sum to 1."""
     logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
@@ -97,15 +106,29 @@ def measurements(case: LayerCase, settings: Settings) -> Iterator[tuple[str, Cal
             yield name, functools.partial(measure, case, settings, name)
 
 
+def prepare(case: LayerCase, settings: Settings) -> None:
+    """Compiles what `measurements` will run."""
+    for name in MOE_FFN.backends:
+        if jax_run.wanted(name, settings) and refusal(case, name) is None:
+            jax_run.prepare((name, case), functions(case, name)[0], abstract(case))
+
+
+def refusal(case: LayerCase, name: str) -> str | None:
+    """Why the back end does not take the case, if it does not."""
+    try:
+        jax.eval_shape(functions(case, name)[0], abstract(case))
+    except BackendRefused as refused:
+        return refused.refusals.get(name, str(refused))
+    return None
+
+
 def measure(case: LayerCase, settings: Settings, name: str) -> dict:
     """Columns of a row, or {"refused": reason}. Raises WrongResult."""
+    if reason := refusal(case, name):
+        return {"refused": reason}
     given = operands(case)
     run, forward = functions(case, name)
-    try:
-        jax.eval_shape(run, given)
-    except BackendRefused as refusal:
-        return {"refused": refusal.refusals.get(name, str(refusal))}
-    executable = jax_run.compiled(run, given)
+    executable = jax_run.program((name, case), run, given)
     found = check(case, given, executable(given))
     batch = timing.wall_clock(functools.partial(executable, given), jax.block_until_ready)
     row = timing.repeat(batch, settings.repeats, settings.target_ms).fields()
@@ -128,7 +151,7 @@ def _ffn(x: Array, gate: Array, up: Array, down: Array) -> Array:
     return dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=jax_run.UNTUNED)
 def _tokens(x: Array, weight: Array, dy: Array, expert: Array, stacks: tuple) -> tuple[Array, Array, Array]:
     """(y, dx, dweight) of a few tokens, one after the other, in float32."""
 
@@ -145,7 +168,7 @@ def _tokens(x: Array, weight: Array, dy: Array, expert: Array, stacks: tuple) ->
     return jax.lax.map(one, (*(a.astype(jnp.float32) for a in (x, weight, dy)), expert))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=jax_run.UNTUNED)
 def _expert(x: Array, weight: Array, dy: Array, stacks: tuple) -> tuple:
     """Weight gradients of one expert from its rows, in float32."""
     x, weight, dy, *wide = (a.astype(jnp.float32) for a in (x, weight, dy, *stacks))

@@ -49,25 +49,50 @@ def measurements(case: Case, settings: Settings) -> Iterator[tuple[str, Callable
                 yield label, functools.partial(measure, case, settings, name, layout)
 
 
-def measure(case: Case, settings: Settings, name: str, layout: str) -> dict:
-    """Columns of a row, or {"refused": reason}; `major` is timed beside the same call without extents."""
+def prepare(case: Case, settings: Settings) -> None:
+    """Compiles what `measurements` will run."""
+    for name in GROUPED_MATMUL.backends:
+        for layout in settings.layouts if jax_run.wanted(name, settings) else ():
+            if refusal(case, name, layout) is None:
+                for each in (case, *([dataclasses.replace(case, operation="forward")] if case.extent else [])):
+                    one = product(each, name, layout)
+                    jax_run.prepare_product(each, one, f"{name}/{layout}", _stored(case, layout))
 
-    def swap(x: Array) -> Array:
-        return jnp.swapaxes(x, 1, 2)
+
+def _swap(x: Array) -> Array:
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _stored(case: Case, layout: str) -> Callable[[jax_run.Operands], jax_run.Operands]:
+    """Operands with the weights, if they are one, in this layout."""
 
     def transform(operands: jax_run.Operands) -> jax_run.Operands:
         a, b, sizes = operands
-        return a, swap(b) if layout == "ENK" and case.operation != "drhs" else b, sizes
+        return a, _swap(b) if layout == "ENK" and case.operation != "drhs" else b, sizes
 
-    view = swap if layout == "ENK" and case.operation == "drhs" else jax_run.same
-    role = "rival" if name in ("lax", "tokamax") else "ours"
+    return transform
+
+
+def refusal(case: Case, name: str, layout: str) -> str | None:
+    """Why the back end does not take the case, if it does not."""
     try:
-        jax.eval_shape(product(case, name, layout), *jax.eval_shape(transform, jax_run.abstract(case)))
-    except BackendRefused as refusal:
-        return {"refused": refusal.refusals.get(name, str(refusal))}
-    row = jax_run.time_product(case, settings, product(case, name, layout), transform, view)
+        given = jax.eval_shape(_stored(case, layout), jax_run.abstract(case))
+        jax.eval_shape(product(case, name, layout), *given)
+    except BackendRefused as refused:
+        return refused.refusals.get(name, str(refused))
+    return None
+
+
+def measure(case: Case, settings: Settings, name: str, layout: str) -> dict:
+    """Columns of a row, or {"refused": reason}; `major` is timed in turn with the same call without extents."""
+    view = _swap if layout == "ENK" and case.operation == "drhs" else jax_run.same
+    role = "rival" if name in ("lax", "tokamax") else "ours"
+    if reason := refusal(case, name, layout):
+        return {"refused": reason}
+
+    stored, label = _stored(case, layout), f"{name}/{layout}"
     if case.operation == "major":
-        whole = dataclasses.replace(case, operation="forward")
-        full = jax_run.time_product(whole, settings, product(whole, name, layout), transform, view)
-        row |= {"full_median_ms": full["median_ms"], "ratio_to_full": row["median_ms"] / full["median_ms"]}
+        row = jax_run.time_beside_full(case, settings, lambda one: product(one, name, layout), stored, label)
+    else:
+        row = jax_run.time_product(case, settings, product(case, name, layout), stored, view, label=label)
     return row | {"role": role, "layout": layout}

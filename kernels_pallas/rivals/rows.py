@@ -102,7 +102,7 @@ def complete(case: AnyCase, measured: Row, top: Row, best_rival: Row | None, ext
 
 
 def run_case(
-    workers: Mapping[str, worker.Worker | worker.Inline], case: AnyCase, settings: Settings, extra: Row
+    workers: Mapping[str, worker.Worker | worker.Team | worker.Inline], case: AnyCase, settings: Settings, extra: Row
 ) -> Iterator[Row]:
     """All rows of a case, each as soon as it is there: ceilings, then rivals, then ours.
 

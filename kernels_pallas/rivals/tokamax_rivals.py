@@ -98,10 +98,21 @@ def measurements(case: Case, settings: Settings) -> Iterator[tuple[str, Callable
     """
     if case.operation == "major":
         return
-    api, _, version = modules()
-    # A release is here for its best kernel: the newest for Mosaic GPU, an older one for Pallas-Triton.
-    name = "triton" if "triton" in api.IMPLEMENTATIONS else "mosaic"
+    name, version = kernel()
     yield f"tokamax_{version}_{name}", functools.partial(measure, case, settings, name, version)
+
+
+def kernel() -> tuple[str, str]:
+    """(back end, version): a release is here for its best kernel: the newest for Mosaic GPU, an older for Triton."""
+    api, _, version = modules()
+    return "triton" if "triton" in api.IMPLEMENTATIONS else "mosaic", version
+
+
+def prepare(case: Case, settings: Settings) -> None:
+    """Compiles what `measurements` will try. Raises ImportError."""
+    if case.operation != "major":
+        name, version = kernel()
+        jax_run.prepare_tuned(case, settings, f"tokamax_{version}_{name}", candidates(case, settings, name))
 
 
 def measure(case: Case, settings: Settings, name: str, version: str) -> dict:

@@ -1,5 +1,6 @@
 """A family in a process of its own: the parent sends one case as a JSON line, the child answers with JSON lines.
 
+A request with "prepare" asks for the programs of a later case to be compiled, which uses no device and has no answer.
 Answers: {"start": name} before an implementation runs, {"row": {...}} after it, {"end": true} after the last one, or
 {"failed": reason} if the family has nothing to run.
 After a failure that may have spoiled the process (anything but a refusal) the child ends, and the parent starts
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,6 +65,13 @@ def serve(module: Any, case: AnyCase, settings: Settings, done: list[str], send:
     return True
 
 
+def prepare(module: Any, case: AnyCase, settings: Settings) -> None:
+    """Compiles ahead, where the family can. What fails here fails again, and is told, when it is measured."""
+    if hasattr(module, "prepare"):
+        with contextlib.suppress(Exception):
+            module.prepare(case, settings)
+
+
 def decode_request(request: dict) -> tuple[AnyCase, Settings, list[str]]:
     """The parts of a request as they were before JSON."""
     kind = Case if "group_sizes" in request["case"] else LayerCase
@@ -88,7 +96,11 @@ def child(kind: str, family: str) -> None:
         return
     send({"ready": True})
     for line in sys.stdin:
-        if not serve(module, *decode_request(json.loads(line)), send):
+        request = json.loads(line)
+        case, settings, done = decode_request(request)
+        if request.get("prepare"):
+            prepare(module, case, settings)
+        elif not serve(module, case, settings, done, send):
             return
 
 
@@ -147,7 +159,7 @@ class Worker:
         )
         self.answers = queue.Queue()
         threading.Thread(target=_forward, args=(self.process.stdout, self.answers), daemon=True).start()
-        self.greeted = False
+        self.greeted = self.preparing = False
 
     def close(self) -> None:
         """Ends the child, at once."""
@@ -192,19 +204,30 @@ class Worker:
             fruitless = fruitless + 1 if len(done) == before else 0
         yield {"implementation": self.family, "error": reason}
 
+    def prepare(self, case: AnyCase, settings: Settings) -> None:
+        """Asks a child that runs to compile what this case needs; does not wait for it."""
+        if self.process is not None and self.process.poll() is None:
+            request = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings), "done": []}
+            self._send(request | {"prepare": True})
+            self.preparing = True
+
+    def _send(self, request: dict) -> None:
+        assert self.process is not None and self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended: who waits for an answer is told
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+
     def _ask(self, case: AnyCase, settings: Settings, done: list[str]) -> Iterator[dict]:
         """The child's messages to one request; {"lost": reason} last if it died or was ended for being late."""
         if self.process is None or self.process.poll() is not None:
             self.close()
             self.start()
+        self._send({"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings), "done": done})
         process = self.process
-        assert process is not None and process.stdin is not None
-        request = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings), "done": done}
-        with contextlib.suppress(BrokenPipeError):  # it ended: the loop below says so
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
+        assert process is not None
         while True:
-            limit = self.seconds if self.greeted else START_SECONDS
+            waits = self.preparing or not self.greeted  # for what it was asked before
+            limit = max(self.seconds, START_SECONDS) if waits else self.seconds
             started = time.monotonic()
             try:
                 message = self.answers.get(timeout=limit)
@@ -217,9 +240,47 @@ class Worker:
             if "ready" in message:
                 self.greeted = True
                 continue
+            self.preparing = False
             yield message
             if "end" in message or "failed" in message:
                 return
+
+
+class Team:
+    """Processes of one family that take cases in turn: while one measures, the others compile their next case.
+
+    One measures at a time, and compiling does not use the device.
+
+    Args:
+        members: the processes.
+        todo: all cases in the order in which they will be measured.
+        settings: with which they will be.
+    """
+
+    def __init__(self, members: Sequence[Worker], todo: Sequence[AnyCase], settings: Settings):
+        self.members, self.todo, self.settings = members, todo, settings
+        self.at = 0
+
+    def start(self) -> None:
+        """Starts all of them, each with its first case."""
+        for index, member in enumerate(self.members):
+            member.start()
+            self._prepare(index)
+
+    def _prepare(self, index: int) -> None:
+        if index < len(self.todo):
+            self.members[index % len(self.members)].prepare(self.todo[index], self.settings)
+
+    def rows(self, case: AnyCase, settings: Settings) -> Iterator[dict]:
+        """As of one worker; cases must come in the order of `todo`."""
+        index, self.at = self.at, self.at + 1
+        yield from self.members[index % len(self.members)].rows(case, settings)
+        self._prepare(index + len(self.members))
+
+    def close(self) -> None:
+        """Ends all of them, at once."""
+        for member in self.members:
+            member.close()
 
 
 def _forward(stream: Any, answers: queue.Queue) -> None:

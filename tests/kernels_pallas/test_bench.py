@@ -18,7 +18,7 @@ from kernels_pallas.grouped_matmul import bench, specs
 from kernels_pallas.moe_ffn import bench as layer_bench
 from kernels_pallas.moe_ffn import specs as layer_specs
 from kernels_pallas.rivals import case as cases
-from kernels_pallas.rivals import families, jax_run, layer, ours, rows, timing, worker
+from kernels_pallas.rivals import command, dense, families, jax_run, layer, ours, rows, timing, worker
 from kernels_pallas.rivals.case import Case, LayerCase, Settings
 
 QUICK = Settings(repeats=2, target_ms=0.1)
@@ -309,6 +309,69 @@ def test_a_known_configuration_saves_the_sweep_and_a_wrong_one_loses_it():
         jax_run.time_best(case, QUICK, "rival", {"bad": found["bad"]})
 
 
+def counting(monkeypatch):
+    """How often a program is compiled, and the prepared ones put away for the test."""
+    made = []
+    compiled = jax_run.compiled
+    monkeypatch.setattr(jax_run, "_PREPARED", {})
+    monkeypatch.setattr(jax_run, "compiled", lambda *args: made.append(args) or compiled(*args))
+    return made
+
+
+@pytest.mark.parametrize(("operation", "layout"), [("forward", "EKN"), ("drhs", "ENK"), ("major", "ENK")])
+def test_what_was_prepared_is_what_is_measured(monkeypatch, operation, layout):
+    made = counting(monkeypatch)
+    settings = dataclasses.replace(QUICK, implementations=("cpu_tiled",), layouts=(layout,))
+    other = grouped(operation, sizes=(0, 120, 8, 0), d_expert=384, alpha=0.5)  # group sizes are no part of a program
+    ours.prepare(other, settings)
+    programs = 2 if operation == "major" else 1  # and the same without extents
+    assert len(made) == programs
+    (row,) = worker.Inline("GROUPED", "ours").rows(grouped(operation, d_expert=384), settings)
+    assert row["median_ms"] > 0 and len(made) == programs and not jax_run._PREPARED
+    list(worker.Inline("GROUPED", "ours").rows(grouped(operation, d_expert=384), settings))
+    assert len(made) == 2 * programs  # a prepared program is used once
+
+
+def test_a_prepared_layer_is_what_is_measured(monkeypatch):
+    made = counting(monkeypatch)
+    settings = dataclasses.replace(QUICK, implementations=("cpu_tiled",))
+    assert jax.eval_shape(lambda: layer.operands(LAYER)) == layer.abstract(LAYER)
+    layer.prepare(LAYER, settings)
+    (row,) = worker.Inline("LAYER", "ours").rows(LAYER, settings)
+    assert row["median_ms"] > 0 and len(made) == 1
+
+
+@pytest.mark.parametrize("known", [{}, {cases.key("rival", grouped()): "good"}])
+def test_candidates_of_a_sweep_are_prepared_or_the_known_one_alone(monkeypatch, known):
+    made = counting(monkeypatch)
+    case, found = grouped(), {"good": product(grouped()), "same": product(grouped())}
+    settings = dataclasses.replace(QUICK, known=known)
+    jax_run.prepare_tuned(case, settings, "rival", found)
+    assert len(made) == (1 if known else 2)
+    row = jax_run.time_best(case, settings, "rival", found)
+    assert len(made) == (1 if known else 3) and row["configs_tried"] == (1 if known else 2)
+
+
+def test_ceilings_of_one_shape_are_measured_once_for_all_skews(monkeypatch):
+    made = counting(monkeypatch)
+    monkeypatch.setattr(dense, "_MEASURED", {})
+    settings = dataclasses.replace(QUICK, ceilings=("dense_cublas", "batched_cublas"))
+    run = [list(worker.Inline("GROUPED", "dense").rows(grouped(alpha=alpha), settings)) for alpha in (5.0, 0.5)]
+    assert [row["implementation"] for row in run[0]] == ["dense_cublas", "batched_cublas"]
+    assert run[0] == run[1] and len(made) == 2
+
+
+def test_configurations_of_other_files_are_known(tmp_path):
+    case = grouped()
+    device = jax.devices()[0].device_kind
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    rows.append(old, case.fields() | {"implementation": "rival", "config": "slow", "device": device})
+    rows.append(new, case.fields() | {"implementation": "rival", "config": "fast", "device": device})
+    for flags, config in ((["--known", str(old)], "slow"), (["--known", str(old), "--output", str(new)], "fast")):
+        found = command.settings(bench.parse(flags), ["EKN", "ENK"])
+        assert found.known == {cases.key("rival", case): config} and found.layouts == ("EKN", "ENK")
+
+
 def test_the_table_prints_every_kind_of_row():
     committed = rows.read(ROWS)
     assert len(committed) == 12
@@ -455,14 +518,46 @@ def test_a_request_survives_json():
         assert worker.decode_request(json.loads(json.dumps(request))) == (case, settings, ["b"])
 
 
-def test_a_family_runs_in_a_process_of_its_own():
-    process = worker.Worker("GROUPED", "ours", 100)
+def test_processes_of_a_team_take_cases_in_turn_and_prepare_their_next():
+    body = """
+        request = json.loads(line)
+        kept = globals().setdefault("kept", [])
+        if request.get("prepare"):
+            kept.append(request["case"]["name"])
+        else:
+            send(row={"implementation": "one", "process": os.getpid(), "prepared": kept})
+            send(end=True)
+    """
+    todo = [grouped(name=name) for name in "abcde"]
+    team = worker.Team([scripted(body) for _ in range(2)], todo, QUICK)
     try:
-        settings = dataclasses.replace(QUICK, implementations=("cpu_tiled",))
-        made = [row for case in (grouped(), grouped("drhs")) for row in process.rows(case, settings)]
+        team.start()
+        made = [row for case in todo for row in team.rows(case, QUICK)]
+    finally:
+        team.close()
+    assert [row["prepared"] for row in made] == [["a"], ["b"], ["a", "c"], ["b", "d"], ["a", "c", "e"]]
+    assert len({row["process"] for row in made}) == 2
+
+
+def test_a_family_that_cannot_prepare_is_not_stopped_by_it():
+    class Failing(Module):
+        def prepare(self, case, settings):
+            raise self.problem
+
+    for family in (Module(None), Failing(MemoryError("no"))):
+        worker.prepare(family, grouped(), QUICK)
+
+
+def test_a_family_runs_in_a_process_of_its_own():
+    settings = dataclasses.replace(QUICK, implementations=("cpu_tiled",))
+    todo = [grouped(), grouped("drhs"), grouped(projection="down")]
+    process = worker.Team([worker.Worker("GROUPED", "ours", 100) for _ in range(2)], todo, settings)
+    try:
+        process.start()
+        made = [row for case in todo for row in process.rows(case, settings)]
     finally:
         process.close()
-    assert [row["implementation"] for row in made] == ["cpu_tiled"] * 2
+    assert [row["implementation"] for row in made] == ["cpu_tiled"] * 3
     assert all(row["median_ms"] > 0 and row["relative_error"] < 1e-5 for row in made)
 
 

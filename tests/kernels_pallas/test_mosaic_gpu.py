@@ -270,6 +270,16 @@ def test_the_whole_layer_and_its_gradients():
     close(grads, expected_grads, 1e-2, tokens)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
+def test_parts_of_the_last_tile_leave_in_order_and_not_all_at_once(parts):
+    for steps in range(40):
+        when = [int(block.due(part, parts, jnp.int32(steps))) for part in range(parts)]
+        assert when == sorted(when) and all(min(1, steps) <= step <= steps for step in when)
+        if steps >= parts:  # a step between any two, and no more than it takes
+            assert len(set(when)) == parts
+            assert max(np.diff(when), default=0) <= -(-steps // parts)
+
+
 # --- the schedule -----------------------------------------------------------------------------------------
 
 

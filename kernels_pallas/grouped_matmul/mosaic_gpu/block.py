@@ -6,6 +6,7 @@ they lose no time between two tiles with finding the next one, which takes hundr
 A ring of buffers holds operands: `claim` waits until one is free, `release_last` frees one, `drain` awaits the end.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +58,15 @@ def free_slots(config: Any) -> Any:
     return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=config.stages)
 
 
-def launch(config: Any) -> dict[str, Any]:
-    """Arguments of `plgpu.kernel` that all kernels here share."""
+def launch(config: Any, *, barriers: bool = True, approximate: bool = False) -> dict[str, Any]:
+    """Arguments of `plgpu.kernel` that all kernels here share.
+
+    Args:
+        config: the kernel's; its `cluster` counts.
+        barriers: the compiler puts barriers around each access of shared memory. Only a kernel in which no thread reads
+            what it or another thread of its warpgroup writes there may do without.
+        approximate: exp and rsqrt are the card's own instructions, which are off by 2^-22 of the value.
+    """
     return {
         "grid": (multiprocessors() // config.cluster,),
         "grid_names": ("grid",),
@@ -66,7 +74,11 @@ def launch(config: Any) -> dict[str, Any]:
         "cluster_names": ("cluster",),
         "num_threads": CONSUMERS + 1,
         "thread_name": "wg",
-        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        "compiler_params": plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            unsafe_no_auto_barriers=not barriers,
+            approx_math=approximate,
+        ),
     }
 
 
@@ -93,7 +105,11 @@ def dismiss(notes: Any, number: Any) -> None:
 
 
 def follow(notes: Any, body: Callable, init: Any) -> Any:
-    """Folds `body(note, carry)` over what was announced, until the last value of a note is below 0."""
+    """Folds `body(note, hear, carry)` over what was announced, until the last value of a note is below 0.
+
+    The body calls `hear()` once, and returns what that gave it, the next note, and the carry: it knows when there is
+    something else to wait for.
+    """
     words, told, heard = notes
 
     def hear(number):
@@ -105,8 +121,7 @@ def follow(notes: Any, body: Callable, init: Any) -> Any:
 
     def step(state):
         number, note, carry = state
-        carry = body(note, carry)
-        return number + 1, hear(number + 1), carry
+        return number + 1, *body(note, functools.partial(hear, number + 1), carry)
 
     first = jnp.int32(0)
     return lax.while_loop(lambda state: state[1][-1] >= 0, step, (first, hear(first), init))[2]
@@ -169,3 +184,9 @@ def deferred(config: Any, dtype: jnp.dtype) -> bool:
     """Whether results are stored while the next tile is multiplied: two bytes each, they fit into the registers that
     the accumulators leave."""
     return config.defer and jnp.dtype(dtype).itemsize <= 2
+
+
+def due(part: int, parts: int, steps: Any) -> Any:
+    """After how many of a tile's steps a part of the tile before leaves: spread over all of them, since stores in a row
+    hold up the copies that bring the next operands."""
+    return jnp.minimum(lax.div(part * steps, jnp.int32(parts)) + 1, steps)

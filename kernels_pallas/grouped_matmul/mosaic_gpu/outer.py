@@ -26,6 +26,7 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     deferred,
     dismiss,
     drain,
+    due,
     follow,
     free_slots,
     in_cell,
@@ -199,7 +200,7 @@ def _kernel(
 
         last_valid = total[0]
 
-        def tile(note, carry):
+        def tile(note, hear, carry):
             (expert, ik, jn, start, *ends, far), (step, held) = note, carry
             end = jnp.where(wg == 0, *ends)
             base = start // ALIGN * ALIGN
@@ -247,11 +248,12 @@ def _kernel(
                 after, begun = step, jnp.int32(0)
                 for value, at in held:
                     for part in parts:
-                        until = jnp.minimum(mine, part + 1)
+                        until = due(part, len(parts), mine)
                         after = lax.fori_loop(begun, until, step_k, after)
                         store(part, value, at)
                         begun = until
                 after = lax.fori_loop(begun, mine, step_k, after)
+                following = hear()
                 plgpu.wgmma_wait(0)
                 release_last(empty, after, stages, mine > 0)
 
@@ -265,10 +267,10 @@ def _kernel(
                 after = lax.fori_loop(mine, steps, skip, after)
                 value, at = acc[...].astype(out.dtype), (expert, ik, jn)
                 if late:
-                    return after, [(value, at)]
+                    return following, (after, [(value, at)])
                 for part in parts:
                     store(part, value, at)
-                return after, []
+                return following, (after, [])
 
             return pl.run_scoped(accumulate, plgpu.ACC((bk, wn), jnp.float32))
 
