@@ -1,7 +1,7 @@
 """Times load-aware threshold dropping (DualSparse-MoE, 2508.18376, section 3.3) on the devices of one host.
 
     python -m experiments.load_aware_speed --shape=olmoe,mixtral --output=rows.jsonl
-        [--rate=0.25] [--tokens=8192] [--devices=2] [--tiny]
+        [--rate=0.25] [--send=auto] [--tokens=8192] [--devices=2] [--tiny]
 
 All devices are ranks of one expert axis, each with its own tokens and its run of the experts in their natural order, so
 every layer waits for the busiest rank. Arms: no limit; 1T-Drop and 2T-Drop (the paper's gap) with one threshold that
@@ -13,6 +13,10 @@ alone took in a profile. What copies of busy experts would reach without droppin
 of the busiest rank to the mean. Buffers are as large as each arm needs. The skew of R ranks is at most R: the published
 1.41x is of 8 ranks and has no place in these rows.
 
+``--send`` is the layer's ``moe.ep_send``: with "pairs" the exchange shrinks with what is dropped, with "tokens" it is
+less from the start and stays as it is, and so does its share of the time. Each arm is compared with no limit and the
+same choice.
+
 Before timing, each arm's outputs are compared with those of one device with as many virtual ranks. Whose scores and
 popularity: ``experiments/drop_scores.py``.
 """
@@ -20,6 +24,7 @@ popularity: ``experiments/drop_scores.py``.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from absl import flags
@@ -35,6 +40,7 @@ from moejax.results import ResultRow, append_rows
 from moejax.thresholds import Rule
 
 PAPER, TABLE = "dualsparse", "load_aware_speed"
+Send = Literal["auto", "pairs", "tokens"]
 
 
 def arms_of(one: float, two: float) -> list[Arm]:
@@ -81,6 +87,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     del argv
     flags.DEFINE_list("shape", ["olmoe"], f"Layers: {', '.join(SHAPES)}.", flag_values=values)
     flags.DEFINE_float("rate", 0.25, "Share of the routed work that T drops.", 0.0, 0.99, flag_values=values)
+    flags.DEFINE_enum("send", "auto", get_args(Send), "What travels between the devices.", flag_values=values)
     flags.DEFINE_integer("tokens", 8192, "Tokens of each device.", 1, flag_values=values)
     flags.DEFINE_integer("devices", 0, "Devices to use; 0: all.", 0, flag_values=values)
     flags.DEFINE_integer("repeats", 20, "Timings of each arm.", 1, flag_values=values)
@@ -100,8 +107,9 @@ def command(values: flags.FlagValues) -> int:
     mesh = rank_layers.mesh_of(values.devices, settings)
     shared = session.row_facts(PAPER, TABLE)
     for setting in settings:
-        sized = setting if values.tiny else dataclasses.replace(setting, tokens=values.tokens)
-        for row in rows_of(sized, mesh, values.rate, values.repeats, values.target_ms, shared):
+        tokens = setting.tokens if values.tiny else values.tokens
+        chosen = dataclasses.replace(setting, tokens=tokens, moe=dataclasses.replace(setting.moe, ep_send=values.send))
+        for row in rows_of(chosen, mesh, values.rate, values.repeats, values.target_ms, shared):
             append_rows(Path(values.output), [row])
             session.say(f"{row.row:28s} {row.value:.3f}x {row.extra['median_ms']:.3f} ms   predicted "
                         f"{row.extra['predicted']:.3f}x   dropped {row.extra['drop_rate']:.1%}")  # fmt: skip

@@ -5,11 +5,11 @@ Letters: T tokens, R routing rows, K choices per row, P rows for the experts, E 
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from moejax.routing import computing, count_by_expert
+from kernels_pallas.moe_ffn.plan import make_plan
+from moejax.routing import computing
 from moejax.types import DispatchPlan, Routing, SoftRouting
 
 
@@ -19,25 +19,15 @@ def local_plan(routing: Routing, num_tokens: int) -> DispatchPlan:
     if isinstance(routing, SoftRouting):
         raise TypeError("the local dispatcher takes pairs, not a SoftRouting: use a dense mixture's einsum dispatcher")
     num_experts = routing.probs.shape[-1] - routing.zero_experts
-    rows, k = routing.expert.shape
-    pairs = rows * k
-    expert = jnp.where(computing(routing), routing.expert, num_experts).reshape(-1)
-    pair = jnp.arange(pairs, dtype=jnp.int32)
-    if (num_experts + 1) * pairs < 2**31:
-        # One sort of one operand: expert and pair in one int32. Faster than a stable argsort of two.
-        key = jnp.sort(expert.astype(jnp.int32) * pairs + pair)
-        order = key % pairs
-    else:
-        _, order = jax.lax.sort((expert, pair), num_keys=1, is_stable=True)
-    group_sizes = count_by_expert(expert, num_experts)
-    held = pair < jnp.sum(group_sizes)
-    source = order // k if routing.token is None else routing.token[order // k]
-    row_of_pair = jnp.zeros_like(pair).at[order].set(jnp.where(held, pair, pairs), unique_indices=True)
+    pairs, k = routing.expert.size, routing.expert.shape[1]
+    plan = make_plan(routing.expert, routing.valid, num_experts)  # ids of zero-computation experts are beyond it
+    held = jnp.arange(pairs, dtype=jnp.int32) < jnp.sum(plan.group_sizes)
+    source = plan.pair_of_row // k if routing.token is None else routing.token[plan.pair_of_row // k]
     return DispatchPlan(
         token_of_row=jnp.where(held, source, num_tokens).astype(jnp.int32),
-        row_of_pair=row_of_pair.reshape(rows, k),
-        pair_of_row=jnp.where(held, order, pairs),
-        group_sizes=group_sizes,
+        row_of_pair=plan.row_of_pair,
+        pair_of_row=jnp.where(held, plan.pair_of_row, pairs),
+        group_sizes=plan.group_sizes,
         token=routing.token,
         overflow=jnp.int32(0),
     )

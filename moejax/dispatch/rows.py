@@ -123,11 +123,15 @@ _summed.defvjp(
 
 @jax.custom_vjp
 def _combine(ys: Array, weight: Array, token_of_row: Array, row_of_pair: Array, pair_of_row: Array) -> Array:
-    return _weighted_sum(ys, weight, row_of_pair)
+    # Pairs without a row weigh nothing, as their rows are zeros. Said here too, it lets XLA for GPU make the columns of
+    # weights and of bounds in one kernel; it makes slices that nothing is computed of in a kernel for each of the K.
+    held = (row_of_pair >= 0) & (row_of_pair < ys.shape[0])
+    return _weighted_sum(ys, jnp.where(held, weight, 0), row_of_pair)
 
 
 def _combine_fwd(ys: Array, weight: Array, token_of_row: Array, row_of_pair: Array, pair_of_row: Array) -> tuple:
-    return _weighted_sum(ys, weight, row_of_pair), (ys, weight, token_of_row, row_of_pair, pair_of_row)
+    saved = ys, weight, token_of_row, row_of_pair, pair_of_row
+    return _combine(*saved), saved
 
 
 def _combine_bwd(saved: tuple, dy: Array) -> tuple:

@@ -117,23 +117,23 @@ class ThresholdDrop:
             mine = jnp.sum(flat[:, None] == ids, axis=0, dtype=jnp.int32)  # fused: no scatter, no [P, G n] array
             return over_ranks(mine, ctx).reshape(ranks, -1)
 
-        loads = counts(jnp.zeros_like(device), 1)[:, 0]
         if self.load_aware == "paper":
+            loads = counts(jnp.zeros_like(device), 1)[:, 0]
             if halved is not None:
                 loads = whole * loads - (whole - half) * counts(halved.astype(device.dtype), 2)[:, 1]
             return threshold * jnp.minimum(1.0, loads / jnp.maximum(jnp.mean(loads), 1e-20))
         steps = threshold * jnp.arange(STEPS + 1, dtype=jnp.float32) / STEPS
 
-        def gone(bounds: Float[Array, "S"], already: Bool[Array, "R K"] | None = None) -> Float[Array, "G S"]:
-            """Pairs of each device that are not above each of the bounds, which rise: by the first that each meets.
-            ``already``: pairs that meet all of them."""
+        def gone(bounds: Float[Array, "S"], already: Bool[Array, "R K"] | None = None) -> Int[Array, "G S+1"]:
+            """Pairs of each device that are not above each of the bounds, which rise: by the first that each meets; and
+            at last all its pairs. ``already``: pairs that meet all bounds."""
             first = jnp.sum(_above(share[..., None], bounds), axis=-1, dtype=jnp.int32)  # STEPS + 1: never
             first = first if already is None else jnp.where(already, 0, first)
-            return jnp.cumsum(counts(first, STEPS + 2), axis=1)[:, :-1]
+            return jnp.cumsum(counts(first, STEPS + 2), axis=1)
 
         at_lower, at_upper = self.pair_of(steps)
         lower, upper = gone(at_lower), gone(at_upper, halved)
-        work = whole * loads[:, None] - (whole - half) * upper - half * lower
+        work = whole * lower[:, -1:] - (whole - half) * upper[:, :-1] - half * lower[:, :-1]
         target = jnp.max(work[:, -1])
         enough = jnp.argmax(work <= target, axis=1)  # the first; the last one always is
         return steps[enough]
