@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import Backend, Implementation, Operation
-from kernels_pallas.gather_rows import mosaic_gpu, mosaic_gpu_combine, ref
+from kernels_pallas.gather_rows import mosaic_gpu, mosaic_gpu_combine, mosaic_gpu_scatter, ref
 
 _ORDER = {"gpu": ("mosaic_gpu", "ref"), "*": ("ref",)}
 
 GATHER_ROWS = Operation(
     "gather_rows",
     {
-        "mosaic_gpu": Backend("mosaic_gpu", mosaic_gpu.gather_rows, mosaic_gpu.refuse),
+        "mosaic_gpu": Backend("mosaic_gpu", mosaic_gpu_scatter.gather_rows, mosaic_gpu.refuse),
         "ref": Backend("ref", ref.gather_rows),
     },
     _ORDER,
@@ -39,6 +39,7 @@ def gather_rows(
     x: Float[Array, "N D"],
     index: Int[Array, "R"],
     count: Int[Array, ""] | None = None,
+    places: Int[Array, "N K"] | None = None,
     *,
     implementation: Implementation = None,
 ) -> Float[Array, "R D"]:
@@ -52,6 +53,9 @@ def gather_rows(
         index: integers, on the device; other values never recompile.
         count: how many leading rows of the result are asked for, on the device: the others may hold anything, and need
             not be copied. None: all.
+        places: the inverse of the index, on the device: the rows of the result that are row n of x, each of the
+            leading `count` once in all, and numbers out of bounds. A kernel may then read each row of x once. Which
+            of the two it goes by is not said, so they must tell the same.
         implementation: None (the platform's order), a back end's name, or names to try in order.
 
     Raises:
@@ -65,7 +69,9 @@ def gather_rows(
         )
     if count is not None and (count.ndim != 0 or not jnp.issubdtype(count.dtype, jnp.integer)):
         raise ValueError(f"count of shape {count.shape} and dtype {count.dtype} must be one integer, or None")
-    return GATHER_ROWS.select(implementation, x, index).run(x, index, count)
+    if places is not None and (places.ndim != 2 or places.shape[0] != x.shape[0] or count is None):
+        raise ValueError(f"places of shape {places.shape} must be [N, K] for x.shape={x.shape}, and need a count")
+    return GATHER_ROWS.select(implementation, x, index).run(x, index, count, places)
 
 
 def combine_rows(

@@ -5,10 +5,13 @@ from jaxtyping import Array, Float, Int
 
 
 def gather_rows(
-    x: Float[Array, "N D"], index: Int[Array, "R"], count: Int[Array, ""] | None = None
+    x: Float[Array, "N D"],
+    index: Int[Array, "R"],
+    count: Int[Array, ""] | None = None,
+    places: Int[Array, "N K"] | None = None,
 ) -> Float[Array, "R D"]:
     """See `api.gather_rows`. All rows are copied, whatever `count` is."""
-    del count
+    del count, places
     return x.at[index].get(mode="fill", fill_value=0)
 
 

@@ -71,10 +71,12 @@ def summed(ys: Float[Array, "P D"], plan: DispatchPlan) -> Float[Array, "T D"]:
     return _summed(ys, plan.token_of_row, plan.row_of_pair)
 
 
-def take(x: Array, index: Array, count: Array | None = None) -> Array:
+def take(x: Array, index: Array, count: Array | None = None, places: Array | None = None) -> Array:
     """Rows of ``x``, written out; zeros where the index is out of bounds. From row ``count`` on they may hold
-    anything."""
-    return gather_rows(x, index, count, implementation=GATHER) if x.ndim == 2 and index.ndim == 1 else _read(x, index)
+    anything. ``places``: the index's inverse (:func:`kernels_pallas.gather_rows.gather_rows`)."""
+    if x.ndim == 2 and index.ndim == 1:
+        return gather_rows(x, index, count, places, implementation=GATHER)
+    return _read(x, index)
 
 
 def _read(x: Array, index: Array) -> Array:
@@ -92,11 +94,12 @@ def _weighted_sum(ys: Array, weight: Array, row_of_pair: Array) -> Array:
 def _dispatch(
     x: Float[Array, "T D"], token_of_row: Int[Array, "P"], row_of_pair: Int[Array, "T K"], count: Array | None
 ) -> Array:
-    return take(x, token_of_row, count)
+    # Where rows of experts follow one another, a row's place is that of its pair.
+    return take(x, token_of_row, count, None if count is None else row_of_pair)
 
 
 def _dispatch_fwd(x: Array, token_of_row: Array, row_of_pair: Array, count: Array | None) -> tuple[Array, Array]:
-    return take(x, token_of_row, count), row_of_pair
+    return _dispatch(x, token_of_row, row_of_pair, count), row_of_pair
 
 
 def _dispatch_bwd(row_of_pair: Array, dxs: Array) -> tuple[Array, None, None, None]:

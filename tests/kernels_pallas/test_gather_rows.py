@@ -20,6 +20,7 @@ from kernels_pallas.gather_rows import (
     gather_rows,
     mosaic_gpu,
     mosaic_gpu_combine,
+    mosaic_gpu_scatter,
 )
 from kernels_pallas.gather_rows.mosaic_gpu import Config
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block
@@ -139,6 +140,38 @@ def test_sums_each_tokens_rows_without_a_race(dtype, near, columns, choices, con
     np.testing.assert_allclose(np.asarray(out, np.float32), summed(ys, rows, weight), rtol=near, atol=1e-5)
 
 
+def places_of(tokens, choices, kept=0.75, seed=0):
+    """Places of some pairs in any order, without a gap; the others are out of bounds, in all ways there are."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.permutation(tokens * choices)
+    held = pairs[: round(kept * len(pairs))]
+    places = rng.choice([tokens * choices, tokens * choices + 5, -tokens * choices - 1, LOWEST, HIGHEST], len(pairs))
+    places[held] = np.arange(len(held))
+    index = np.full(len(pairs), tokens)
+    index[: len(held)] = held // choices
+    return places.reshape(tokens, choices).astype(np.int32), index.astype(np.int32), len(held)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choices", "columns", "dtype", "config"),
+    [
+        # Five stages of two tokens, the last one of one, over two blocks.
+        (9, 2, 256, jnp.bfloat16, Config(rows=2, stages=3, blocks=1)),
+        pytest.param(13, 4, 512, jnp.float32, Config(rows=2, stages=4, stores=2, blocks=2), marks=pytest.mark.slow),
+        # Fewer tokens than two stages, and blocks that have none.
+        pytest.param(5, 3, 256, jnp.float32, Config(rows=4, stages=3, blocks=2), marks=pytest.mark.slow),
+    ],
+)
+def test_writes_each_row_to_its_places_without_a_race_and_nothing_else(tokens, choices, columns, dtype, config):
+    x, (places, index, count) = normal(tokens, columns, dtype), places_of(tokens, choices)
+    with hopper(2), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        arguments = jnp.asarray(x), jnp.asarray(places), len(index)
+        out = np.asarray(jax.block_until_ready(mosaic_gpu_scatter.scatter_rows(*arguments, config=config)))
+        assert not gpu_callbacks.get_races().races_found
+    np.testing.assert_array_equal(out[:count], expected(x, index)[:count])
+    assert np.isnan(out[count:].astype(np.float32)).all()
+
+
 # --- the kernels on a device (`-m gpu`) -------------------------------------------------------------------
 
 
@@ -162,6 +195,21 @@ def test_on_a_device_it_copies_bit_by_bit(size, count, columns, dtype):
         np.testing.assert_array_equal(np.asarray(run(x, index)), wanted)
     batch = jax.jit(jax.vmap(run, in_axes=(0, None)))(np.stack([x, -x]), index)
     np.testing.assert_array_equal(np.asarray(batch), np.stack([wanted, -wanted + 0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "choices", "columns", "dtype"),
+    [(3, 1, 256, "float32"), (4097, 8, 2048, "bfloat16"), (1001, 2, 4096, "float16"), (77, 16, 7168, "float32")],
+)
+def test_on_a_device_it_writes_each_row_to_its_places(tokens, choices, columns, dtype):
+    x, (places, index, count) = normal(tokens, columns, jnp.dtype(dtype)), places_of(tokens, choices)
+    run = jax.jit(lambda x, places: mosaic_gpu_scatter.scatter_rows(x, places, len(index)))
+    wanted = expected(x, index)[:count]
+    for _ in range(3):
+        np.testing.assert_array_equal(np.asarray(run(x, places))[:count], wanted)
+    batch = np.asarray(jax.jit(jax.vmap(run, in_axes=(0, None)))(np.stack([x, -x]), places))[:, :count]
+    np.testing.assert_array_equal(batch, np.stack([wanted, -wanted]))
 
 
 @pytest.mark.gpu
