@@ -342,8 +342,8 @@ def parts_of_program(text: str) -> dict[str, str]:
 
 
 KERNELS = {
-    "communicate": r"all.to.all|ncclDevKernel", "permute": "gather_rows", "combine": "combine_rows",
-    "experts": r"mosaic_gpu|grouped",
+    "communicate": r"all.to.all|ncclDevKernel", "permute": "(gather|scatter)_rows", "combine": "combine_rows",
+    "experts": "grouped",
 }  # fmt: skip
 """Kernels that are known by name, the first that fits: a collective's, our own for rows, those of the grouped FFN."""
 

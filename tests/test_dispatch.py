@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kernels_pallas
 from moejax import dispatch, experts
 from moejax.types import SoftRouting
 from tests import moe_fakes as fakes
@@ -185,6 +186,43 @@ def layer_grads(layer, x, mask):
         return jnp.sum(jnp.where(mask[..., None], y, 0.0) ** 2), (y, metrics)
 
     return fakes.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(layer, x)
+
+
+def by_places(used):
+    """A gather that goes by the places where it is told them, as a kernel does; rows that have none get NaN."""
+
+    def gather_rows(x, index, count=None, places=None, implementation=None):
+        if places is None:
+            return kernels_pallas.gather_rows(x, index, count, implementation=implementation)
+        used.append(places.shape)
+        rows = jnp.full((index.shape[0], x.shape[1]), jnp.nan, x.dtype)
+        return rows.at[places].set(x[:, None], mode="drop", unique_indices=True)
+
+    return gather_rows
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"capacity_factor": 0.75},
+        {"capacity_limits": ("threshold_drop:threshold=0.3,gap=0.1",)},
+        {"zero_experts": 2},
+    ],
+    ids=["dropped", "halved", "zero experts"],
+)
+def test_a_tokens_places_are_the_rows_that_are_its(monkeypatch, moe):
+    """A kernel reads each token once and writes it to its places: the same rows as by the index."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, fakes.DIM)), jnp.float32)
+    mask = jnp.arange(8)[None] < jnp.asarray([[8], [3]])
+
+    def run():
+        layer = fakes.small_layer(**{"router": router_config("topk_of_softmax"), "implementation": "ref"} | moe)
+        return layer_grads(layer, x, mask)
+
+    plain, used = run(), []
+    monkeypatch.setattr(dispatch.rows, "gather_rows", by_places(used))
+    fakes.assert_close(run(), plain, 1e-6, 1e-6)  # the compiler fuses other operations, and rounds elsewhere
+    assert used
 
 
 # Where rows are left over the table of expert choice has no part.

@@ -98,7 +98,8 @@ def test_a_profile_is_split_by_named_scopes():
     assert parts == {"dot.1": "route", "sort.2": "permute", "all-to-all.3": "communicate", "fusion.4": "experts",
                      "add.5": "combine"}  # fmt: skip
     events = [("dot_1", 1.0), ("sort_2", 2.0), ("ncclDevKernel_SendRecv(int)", 9.0), ("fusion_4", 4.0),
-              ("anonymous_mosaic_gpu_kernel", 4.0), ("gather_rows_mosaic_gpu_kernel", 0.5),
+              ("grouped_gate_up_mosaic_gpu_kernel", 3.0), ("grouped_matmul_mosaic_gpu_kernel", 1.0),
+              ("gather_rows_mosaic_gpu_kernel", 0.25), ("scatter_rows_mosaic_gpu_kernel", 0.25),
               ("combine_rows_mosaic_gpu_kernel", 0.25), ("add_5", 5.0), ("MemcpyD2D", 7.0)]  # fmt: skip
     assert ep_speed.split_of_events(events, parts) == {
         "route": 1.0, "permute": 2.5, "communicate": 9.0, "experts": 8.0, "combine": 5.25, "other": 7.0,

@@ -1,20 +1,22 @@
-"""Times row gathers and combines beside XLA's and a plain copy, in one run.
+"""Times row gathers, scatters and combines beside XLA's and a plain copy, in one run.
 
-    python -m kernels_pallas.gather_rows.bench [--operation gather combine] [--shape NAME ...] [--padding SHARE ...]
-        [--rows N ...] [--stages N ...] [--stores N ...] [--blocks N ...] [--repeats N] [--target-ms MS]
-        [--minutes M] [--dtype bfloat16] [--output FILE.jsonl]
+    python -m kernels_pallas.gather_rows.bench [--operation gather scatter combine] [--shape NAME ...]
+        [--padding SHARE ...] [--rows N ...] [--stages N ...] [--stores N ...] [--blocks N ...] [--repeats N]
+        [--target-ms MS] [--minutes M] [--dtype bfloat16] [--output FILE.jsonl]
     python -m kernels_pallas.gather_rows.bench --summary FILE.jsonl
 
 Shapes: tokens to the rows of experts in order, with uniform routing (`olmoe_8k`, `olmoe_16k`, `mixtral`), and rows
 received from two ranks to the order of experts (`olmoe_unpack`, long runs of adjacent rows; no combine). `--padding` is
 the share of rows without a source, which are written as zeros; combine leaves out as many pairs.
 
+`scatter` gives the rows of `gather`, found by the tokens' places: each token is read once.
+
 `copy` moves as many bytes as the operation reads and writes, elementwise: the ceiling. `xla` is back end `ref`.
 Configurations of the kernel: `--rows` of a stage, `--stages` (0: as many as fit), `--stores` in flight, `--blocks` on a
-multiprocessor; a stage of combine is one token. `mosaic_gpu` alone is the default one. Each is checked before it is
-timed: gathers with NumPy, all of it and bit by bit, sums with XLA's in float32, row by row. Then all are timed in
-turns, so that a change of the device's clock falls on all alike. GB/s: bytes of the rows read, each as often as it is
-named, plus those written.
+multiprocessor; a stage of combine is one token, and scatter has one configuration. `mosaic_gpu` alone is the default
+one. Each is checked before it is timed: gathers and scatters with NumPy, all of it and bit by bit, sums with XLA's in
+float32, row by row. Then all are timed in turns, so that a change of the device's clock falls on all alike. GB/s: bytes
+of the rows read, each as often as it is named (by a scatter once), plus those written.
 """
 
 import argparse
@@ -31,13 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from kernels_pallas.gather_rows import mosaic_gpu, mosaic_gpu_combine, ref
+from kernels_pallas.gather_rows import mosaic_gpu, mosaic_gpu_combine, mosaic_gpu_scatter, ref
 from kernels_pallas.gather_rows.mosaic_gpu import Config
 from kernels_pallas.rivals import command, jax_run, timing, worker
 from kernels_pallas.rivals import rows as results
 from kernels_pallas.rivals.case import TOLERANCE, WrongResult
 
-OPERATIONS = ("gather", "combine")
+OPERATIONS = ("gather", "scatter", "combine")
 PERIOD = 32
 
 
@@ -84,6 +86,7 @@ class Problem:
     dtype: Any
     read: tuple[int, int]
     written: int
+    held: Array | bool = True  # rows of the result that are to be checked
 
 
 def table(shape: Shape, padding: float) -> np.ndarray:
@@ -107,8 +110,11 @@ def table_of_tokens(shape: Shape, padding: float) -> np.ndarray:
 
 
 def configurations(args: argparse.Namespace, operation: str, row_bytes: int, top_k: int) -> dict[str, Config]:
-    """Those of the command line that fit, by name; a stage of combine is one token, whatever `--rows` says."""
+    """Those of the command line that fit, by name; a stage of combine is one token, whatever `--rows` says, and scatter
+    has the default one alone."""
     found = {"mosaic_gpu": mosaic_gpu.default_config(row_bytes)}
+    if operation == "scatter":
+        return {"mosaic_gpu": mosaic_gpu_scatter.default_config(row_bytes, top_k)}
     if operation == "combine":
         found = {"mosaic_gpu": mosaic_gpu_combine.default_config(row_bytes, top_k)}
         for stages, blocks in itertools.product(args.stages, args.blocks):
@@ -142,8 +148,8 @@ def check(problem: Problem, out: Array) -> None:
     wanted, dtype = problem.wanted, problem.dtype
     if out.shape != wanted.shape or out.dtype != dtype:
         raise WrongResult(f"{out.shape} of {out.dtype} instead of {wanted.shape} of {dtype}")
-    if problem.operation == "gather":
-        wrong = jnp.any(_bits(out, dtype.itemsize) != _bits(wanted, dtype.itemsize), axis=1)
+    if problem.operation != "combine":
+        wrong = problem.held & jnp.any(_bits(out, dtype.itemsize) != _bits(wanted, dtype.itemsize), axis=1)
     else:
         wrong = _far(out, wanted, TOLERANCE[dtype.name])
     if count := int(jnp.sum(wrong)):
@@ -154,12 +160,16 @@ def make(operation: str, shape: Shape, padding: float, dtype: str) -> Problem:
     """Random normal rows, and for a sum gate weights between 0 and 1."""
     source = table(shape, padding)
     valid, d_model = int(np.sum(source < shape.tokens)), shape.d_model
-    if operation == "gather":
+    if operation != "combine":
         x = jax_run.normal(jax.random.key(0), (shape.tokens, d_model), 1.0, dtype)
         host = np.asarray(x)
         wanted = jnp.asarray(np.concatenate([host, np.zeros_like(host[:1])])[source])
-        read, written = (valid, min(valid, shape.tokens)), shape.rows
-        return Problem(operation, (x, jnp.asarray(source)), wanted, jnp.dtype(dtype), read, written)
+        once = min(valid, shape.tokens)
+        if operation == "gather":
+            return Problem(operation, (x, jnp.asarray(source)), wanted, jnp.dtype(dtype), (valid, once), shape.rows)
+        operands = x, jnp.asarray(source), jnp.asarray(table_of_tokens(shape, padding))
+        held = jnp.asarray(source < shape.tokens)
+        return Problem(operation, operands, wanted, jnp.dtype(dtype), (once, once), valid, held)
     ys = jax_run.normal(jax.random.key(0), (shape.rows, d_model), 1.0, dtype)
     rows = jnp.asarray(table_of_tokens(shape, padding))
     weight = jax.random.uniform(jax.random.key(1), rows.shape)
@@ -167,13 +177,21 @@ def make(operation: str, shape: Shape, padding: float, dtype: str) -> Problem:
     return Problem(operation, (ys, rows, weight), wanted, jnp.dtype(dtype), (valid, valid), shape.tokens)
 
 
+def _scatter(x: Array, index: Array, places: Array, config: Config | None = None) -> Array:
+    return mosaic_gpu_scatter.scatter_rows(x, places, index.shape[0], config=config)
+
+
+def _refuse_scatter(x: Array, index: Array, places: Array) -> str | None:
+    return mosaic_gpu.refuse(x, index) or mosaic_gpu_scatter.refuse_shapes(x, places, index.shape[0])
+
+
 def programs(args: argparse.Namespace, problem: Problem, shape: Shape) -> dict[str, tuple[results.Row, Callable]]:
     """Columns of each program but `copy`, and the function; of one that refuses only the columns count."""
-    gather = problem.operation == "gather"
-    ours, xla = (
-        (mosaic_gpu.gather_rows, ref.gather_rows) if gather else (mosaic_gpu_combine.combine_rows, ref.combine_rows)
-    )
-    refuse = mosaic_gpu.refuse if gather else mosaic_gpu_combine.refuse
+    ours, xla, refuse = {
+        "gather": (mosaic_gpu.gather_rows, ref.gather_rows, mosaic_gpu.refuse),
+        "scatter": (_scatter, lambda x, index, places: ref.gather_rows(x, index), _refuse_scatter),
+        "combine": (mosaic_gpu_combine.combine_rows, ref.combine_rows, mosaic_gpu_combine.refuse),
+    }[problem.operation]
     made: dict[str, tuple[results.Row, Callable]] = {"xla": ({"role": "rival"}, xla)}
     if reason := refuse(*problem.operands):
         return made | {"mosaic_gpu": ({"role": "ours", "refused": reason}, ours)}

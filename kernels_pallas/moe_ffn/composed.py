@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.gather_rows.api import gather_rows
 from kernels_pallas.grouped_matmul import groups
 from kernels_pallas.grouped_matmul.api import GROUPED_MATMUL, grouped_matmul
 from kernels_pallas.grouped_matmul.ffn import Activation, Hidden, Weights, accumulator, activate, einsum
@@ -27,9 +28,14 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.backend import Kernels
 from kernels_pallas.moe_ffn.plan import Plan, make_plan
 
 
-def gather(x: Float[Array, "T D"], token_of_row: Int[Array, "P"]) -> Float[Array, "P D"]:
-    """The token of each row; indices are in bounds."""
-    return x.at[token_of_row].get(mode="promise_in_bounds")
+def gather(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "P D"]:
+    """The token of each row."""
+    return x.at[plan.token_of_row].get(mode="promise_in_bounds")
+
+
+def gather_held(x: Float[Array, "T D"], plan: Plan) -> Float[Array, "P D"]:
+    """The token of each row of a group, by the fastest that the platform has."""
+    return gather_rows(x, plan.token_of_row, jnp.sum(plan.group_sizes), plan.row_of_pair)
 
 
 def combine(
@@ -86,7 +92,7 @@ class Primitives(NamedTuple):
             rows (NaN) must not reach it.
         up_input_gradient: `(dgate[P,F] | None, dup[P,F], params, group_sizes) -> dxs[P,D]`:
             dgate @ gate^T + dup @ up^T.
-        gather: `(x[T,D], token_of_row[P]) -> [P,D]`.
+        gather: `(x[T,D], plan) -> [P,D]`.
         combine: `(ys[P,D], row_of_pair[T,K], weight[T,K] | None) -> [T,D]`.
         group_sums: `(rows[P,N], group_sizes) -> [E,N]`; called for gradients of biases only.
     """
@@ -96,7 +102,7 @@ class Primitives(NamedTuple):
     down_backward: Callable[..., tuple[Array | None, Array, Array, Array]]
     outer: Callable[[Array, Array, Array], Array]
     up_input_gradient: Callable[[Array | None, Array, Weights, Array], Array]
-    gather: Callable[[Array, Array], Array] = gather
+    gather: Callable[[Array, Plan], Array] = gather
     combine: Callable[[Array, Array, Array | None], Array] = combine
     group_sums: Callable[[Array, Array], Array] = group_sums
 
@@ -107,7 +113,7 @@ def layer(p: Primitives) -> Callable[..., Array]:
     def forward(
         x: Array, weight: Array, params: Weights, plan: Plan, activation: Activation, *, save: bool
     ) -> tuple[Array, Hidden | None]:
-        xs = p.gather(x, plan.token_of_row)
+        xs = p.gather(x, plan)
         h, hidden = p.up(xs, params, plan.group_sizes, activation=activation, save=save)
         ys = p.down(h, params, plan.group_sizes)
         return p.combine(ys, plan.row_of_pair, weight), hidden
@@ -125,11 +131,11 @@ def layer(p: Primitives) -> Callable[..., Array]:
         # Else XLA sees that rows and h are computed twice, and keeps those of the forward pass until here.
         x, hidden, dy = lax.optimization_barrier((x, hidden, dy))
         sizes, row_weights = plan.group_sizes, _row_weights(weight, plan)
-        dys = p.gather(dy, plan.token_of_row)
+        dys = p.gather(dy, plan)
         dgate, dup, weighted, dweights = p.down_backward(dys, row_weights, hidden, params, sizes, activation=activation)
         dx = p.combine(p.up_input_gradient(dgate, dup, params, sizes), plan.row_of_pair, None)
 
-        xs = p.gather(x, plan.token_of_row)
+        xs = p.gather(x, plan)
         dparams = Weights(
             gate=None if dgate is None else p.outer(xs, dgate, sizes),
             up=p.outer(xs, dup, sizes),
@@ -175,7 +181,9 @@ def _row_weights(weight: Float[Array, "T K"], plan: Plan) -> Float[Array, "P"]:
 
 def from_kernels(kernels: Kernels) -> Primitives:
     """Primitives from fused kernels."""
-    return Primitives(kernels.up, kernels.down, kernels.down_backward, kernels.outer, kernels.up_input_gradient)
+    return Primitives(
+        kernels.up, kernels.down, kernels.down_backward, kernels.outer, kernels.up_input_gradient, gather=gather_held
+    )
 
 
 def whole_tiles(moe_ffn: Callable[..., Array], rows: int) -> Callable[..., Array]:

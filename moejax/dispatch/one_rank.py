@@ -22,7 +22,7 @@ class OneRank:
     ) -> tuple[Float[Array, "P D"], DispatchPlan]:
         """Rows in order of expert, and the plan. ``weigh``: rows times their gate weight."""
         plan = PLANS[self.backend](routing, x.shape[0])
-        xs = rows.dispatch(x, plan, backend=self.backend, to_experts=True)
+        xs = rows.dispatch(x, plan, backend=self.backend, to_experts=True, from_tokens=True)
         return rows.weighted_rows(xs, routing.weight, plan, backend=self.backend) if weigh else xs, plan
 
     def group_sizes(self, plan: DispatchPlan) -> Int[Array, "... E"]:

@@ -22,14 +22,28 @@ COMBINE: Implementation = "ref"
 
 
 def dispatch(
-    x: Float[Array, "T D"], plan: DispatchPlan, *, backend: str = "local", to_experts: bool = False
+    x: Float[Array, "T D"],
+    plan: DispatchPlan,
+    *,
+    backend: str = "local",
+    to_experts: bool = False,
+    from_tokens: bool = False,
 ) -> Float[Array, "P D"]:
-    """Gathers each row's token; rows that hold no pair are zeros. ``to_experts``: groups follow one another, and rows
-    past them, which no expert computes, may hold anything."""
+    """Gathers each row's token; rows that hold no pair are zeros.
+
+    Args:
+        x: tokens.
+        plan: their rows.
+        backend: a local dispatcher's.
+        to_experts: groups follow one another, and rows past them, which no expert computes, may hold anything.
+        from_tokens: ``x`` is no exchange's buffer, so that nearly all of it has rows. It then costs less to read each
+            token once than once for each of its experts.
+    """
     if backend == "dense" or plan.token is not None:
         return take(x, plan.token_of_row)
     count = jnp.sum(plan.group_sizes) if to_experts else None
-    return _dispatch(x, plan.token_of_row, plan.row_of_pair, count)
+    places = plan.row_of_pair if to_experts and from_tokens else None
+    return _dispatch(x, plan.token_of_row, plan.row_of_pair, count, places)
 
 
 def weighted_rows(
@@ -92,18 +106,23 @@ def _weighted_sum(ys: Array, weight: Array, row_of_pair: Array) -> Array:
 
 @jax.custom_vjp
 def _dispatch(
-    x: Float[Array, "T D"], token_of_row: Int[Array, "P"], row_of_pair: Int[Array, "T K"], count: Array | None
+    x: Float[Array, "T D"],
+    token_of_row: Int[Array, "P"],
+    row_of_pair: Int[Array, "T K"],
+    count: Array | None,
+    places: Int[Array, "T K"] | None,
 ) -> Array:
-    # Where rows of experts follow one another, a row's place is that of its pair.
-    return take(x, token_of_row, count, None if count is None else row_of_pair)
+    return take(x, token_of_row, count, places)
 
 
-def _dispatch_fwd(x: Array, token_of_row: Array, row_of_pair: Array, count: Array | None) -> tuple[Array, Array]:
-    return _dispatch(x, token_of_row, row_of_pair, count), row_of_pair
+def _dispatch_fwd(
+    x: Array, token_of_row: Array, row_of_pair: Array, count: Array | None, places: Array | None
+) -> tuple[Array, Array]:
+    return take(x, token_of_row, count, places), row_of_pair
 
 
-def _dispatch_bwd(row_of_pair: Array, dxs: Array) -> tuple[Array, None, None, None]:
-    return _sum(dxs, row_of_pair), None, None, None
+def _dispatch_bwd(row_of_pair: Array, dxs: Array) -> tuple[Array, None, None, None, None]:
+    return _sum(dxs, row_of_pair), None, None, None, None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)

@@ -477,14 +477,16 @@ def test_benchmark_gives_rows_and_says_what_refuses(tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
     quick = ["--repeats", "2", "--target-ms", "0.1", "--output", str(output)]
     assert bench.main(["--shape", "test_unpack", "--padding", "0.25", *quick]) == 0  # combine is left out
-    rows = {row["implementation"]: row for row in map(json.loads, output.read_text().splitlines())}
-    assert list(rows) == ["copy", "xla", "mosaic_gpu"]
-    assert "needs a Hopper GPU" in rows["mosaic_gpu"]["refused"]
-    xla = rows["xla"]
-    assert (xla["rows"], xla["d_model"], xla["padding"]) == (96, 64, 0.25)
-    assert xla["gb_per_s"] == pytest.approx((72 + 96) * 64 * 2 / (1e-3 * xla["median_ms"]) / 1e9)
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    for operation, written in (("gather_rows", 96), ("scatter_rows", 72)):
+        rows = {row["implementation"]: row for row in found if row["operation"] == operation}
+        assert list(rows) == ["copy", "xla", "mosaic_gpu"]
+        assert "needs a Hopper GPU" in rows["mosaic_gpu"]["refused"]
+        xla = rows["xla"]
+        assert (xla["rows"], xla["d_model"], xla["padding"]) == (96, 64, 0.25)
+        assert xla["gb_per_s"] == pytest.approx((72 + written) * 64 * 2 / (1e-3 * xla["median_ms"]) / 1e9)
     assert bench.main(["--summary", str(output)]) == 0
-    assert capsys.readouterr().out.count("test_unpack") == 6
+    assert capsys.readouterr().out.count("test_unpack") == 12
 
 
 def test_benchmark_times_each_configuration_that_is_right(tmp_path, monkeypatch, on_hopper, calls):
@@ -519,6 +521,19 @@ def test_benchmark_sums_are_checked_row_by_row():
         broken[row, 3] += change
         with pytest.raises(bench.WrongResult, match=f"1 of 96 rows are wrong, the first one is row {row}"):
             bench.check(problem, broken)
+
+
+def test_benchmark_checks_rows_of_a_scatter_that_have_a_token():
+    problem = bench.make("scatter", bench.SHAPES["test"], 0.25, "bfloat16")
+    x, _, places = problem.operands
+    out = np.full(problem.wanted.shape, np.nan, jnp.bfloat16)
+    kept = np.asarray(places) < len(out)
+    out[np.asarray(places)[kept]] = np.repeat(np.asarray(x), places.shape[1], 0).reshape(*places.shape, -1)[kept]
+    assert kept.sum() == problem.written == 144
+    bench.check(problem, jnp.asarray(out))
+    out[np.asarray(places)[kept][5], 1] += 1
+    with pytest.raises(bench.WrongResult, match="1 of 192 rows are wrong"):
+        bench.check(problem, jnp.asarray(out))
 
 
 def test_benchmark_tables_are_in_order_of_expert():

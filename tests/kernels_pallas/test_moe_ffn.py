@@ -270,13 +270,31 @@ def test_inference_saves_no_pre_activations():
     assert saves == [False, True]
 
 
+def test_kernels_rows_are_found_by_index_or_by_place(monkeypatch):
+    """A kernel may read each token once and write it to its places, and leaves the tail as it is."""
+    expert, valid = ROUTINGS["some dropped"]
+    x, plan = jnp.asarray(normal(7, (T, D))), make_plan(jnp.asarray(expert), jnp.asarray(valid), E)
+    held = int(jnp.sum(plan.group_sizes))
+    assert 0 < held < T * K
+
+    def by_places(x, index, count, places):
+        assert int(count) == held
+        rows = jnp.full((index.shape[0], x.shape[1]), jnp.nan, x.dtype)
+        return rows.at[places].set(x[:, None], mode="drop", unique_indices=True)
+
+    by_index = composed.gather_held(x, plan)
+    monkeypatch.setattr(composed, "gather_rows", by_places)
+    for rows in (by_index, composed.gather_held(x, plan)):
+        np.testing.assert_array_equal(rows[:held], x[np.asarray(plan.token_of_row)[:held]])
+
+
 def test_primitives_may_leave_nan_in_the_tail():
     """A back end specifies valid rows only: whatever it leaves in the tail must reach nothing."""
     made = composed.from_matmul("lax")
 
     def poisoned(primitive):
         def run(*args, **kwargs):
-            sizes = args[-1]
+            sizes = getattr(args[-1], "group_sizes", args[-1])
 
             def poison(a):
                 tail = jnp.arange(a.shape[0]) >= jnp.sum(sizes)
@@ -286,7 +304,7 @@ def test_primitives_may_leave_nan_in_the_tail():
 
         return run
 
-    names = ("up", "down", "down_backward", "up_input_gradient")
+    names = ("gather", "up", "down", "down_backward", "up_input_gradient")
     run = composed.layer(made._replace(**{name: poisoned(getattr(made, name)) for name in names}))
     expert, valid = ROUTINGS["some dropped"]
     x, weight, params, dy = normal(7, (T, D)), normal(8, (T, K)), make_params(), normal(9, (T, D))

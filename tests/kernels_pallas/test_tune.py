@@ -470,6 +470,18 @@ def check_tuned(path):
     return len(done)
 
 
+def test_where_the_rule_was_fastest_a_later_rule_decides(pinned, monkeypatch):
+    path, times = tuning.path_of("Some GPU"), Times(lambda config: 1.0 if config == DEFAULT else 1.2)
+    assert sweep(path, times)[0] == 0
+    assert stored(path)["rule"] is True and stored(path)["config"] == dataclasses.asdict(DEFAULT)
+    later = dataclasses.replace(DEFAULT, band=2)
+    monkeypatch.setattr(tuning, "default", lambda *shape: later)
+    assert chosen_on("Some GPU", PROBLEM) == later
+    assert sweep(path, Times(best_in_the_second_round), again=True)[0] == 0
+    assert stored(path)["rule"] is False
+    assert chosen_on("Some GPU", PROBLEM) == rows.Config(**stored(path)["config"]) != later
+
+
 TUNED = tuning.FOLDER
 
 

@@ -32,6 +32,7 @@ TILES: dict[str, list[dict[str, Any]]] = {
     ],
     "gated": [
         {"block_m": 128, "block_n": 256, "split": "m"},
+        {"block_m": 128, "block_n": 256, "split": "m", "defer": True},
         {"block_m": 128, "block_n": 256, "split": "m", "cells": 4},
         {"block_m": 256, "block_n": 128, "split": "m"},
     ],

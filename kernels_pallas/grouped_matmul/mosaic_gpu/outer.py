@@ -300,6 +300,7 @@ def outer(lhs: Array, grad: Array, spans: Spans, *, experts: int, dtype: jnp.dty
             plgpu.Barrier(num_arrivals=CONSUMERS),
             *notebook(NOTE),
         ],
+        kernel_name="grouped_outer",
         **launch(config),
     )
     operands = (sizes, sizes if extents is None else extents.astype(jnp.int32), total, lhs, grad)

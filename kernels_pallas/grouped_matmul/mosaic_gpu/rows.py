@@ -349,6 +349,7 @@ def _call(lhs, rhs, spans, outs, width, b_tile, copies, config, interpret, **opt
             free_slots(config),
             *notebook(NOTE),
         ],
+        kernel_name="grouped_matmul" if options["activation"] is None else "grouped_gate_up",  # in a profile
         **launch(config, barriers=False, approximate=options["activation"] is not None),
     )
     sizes = sizes.astype(jnp.int32)

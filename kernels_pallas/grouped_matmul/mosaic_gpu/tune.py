@@ -230,7 +230,7 @@ class Search:
 
     def keep(self, config: tuning.Config, seconds: float, default: float, noise: float, more: dict[str, Any]) -> None:
         choice = {"config": dataclasses.asdict(config), "seconds": seconds, "default_seconds": default, "spread": noise}
-        choice |= {"tried": len(self.tried), **more, "timed": self.timed}
+        choice |= {"tried": len(self.tried), "rule": config == self.default, **more, "timed": self.timed}
         choice |= {"earlier": dataclasses.asdict(self.earlier)} if self.earlier else {}
         self.sweep.save(self.problem, choice | ({"deadly": self.deadly} if self.deadly else {}))
 

@@ -5,10 +5,11 @@ and its time. Nearest: the smallest sum of squared differences of the logarithms
 
     {"device": ..., "versions": {"jax": ..., "jaxlib": ...}, "commit": ...,
      "choices": [{"operation": ..., "rows": P, "experts": E, "k": K, "n": N, "config": {...}, "seconds": ...,
-                  "default_seconds": ..., "spread": ..., "tried": ..., ...}]}
+                  "default_seconds": ..., "spread": ..., "tried": ..., "rule": ..., ...}]}
 
 `default_seconds` is the median of one call with the rule's configuration, `seconds` that with this one, timed in turn;
-`spread` is the uncertainty of their difference (half a 90 % interval); `tried` counts timed configurations.
+`spread` is the uncertainty of their difference (half a 90 % interval); `tried` counts timed configurations. With `rule`
+nothing was faster than the rule's configuration: such a choice leaves the shape to the rule, also to a later one.
 """
 
 import contextlib
@@ -99,7 +100,8 @@ def device_kind() -> str:
 
 
 def nearest(operation: str, num_rows: int, experts: int, k: int, n: int) -> dict | None:
-    """The configuration measured for the nearest shape; None if none is near (4 = one size off by a factor 4)."""
+    """The configuration measured for the nearest shape; None if none is near (4 = one size off by a factor 4) or the
+    rule's was the fastest there."""
     wanted = (num_rows / experts, experts, k, n)
 
     def distance(choice: dict) -> float:
@@ -108,7 +110,9 @@ def nearest(operation: str, num_rows: int, experts: int, k: int, n: int) -> dict
 
     choices = [c for c in table(device_kind()) if c["operation"] == operation]
     best = min(choices, key=distance, default=None)
-    return best["config"] if best is not None and distance(best) <= 4.0 else None
+    if best is None or best.get("rule") or distance(best) > 4.0:
+        return None
+    return best["config"]
 
 
 def default(operation: str, num_rows: int, experts: int, k: int) -> Config:

@@ -1,0 +1,66 @@
+"""One launch of each kernel of a shape, whole and with the leading half of F, for Nsight Compute to look at:
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_enable_command_buffer= \
+    ncu --clock-control none --profile-from-start off --section SpeedOfLight --section MemoryWorkloadAnalysis \
+        --csv --log-file FILE.csv python -m kernels_pallas.grouped_matmul.mosaic_gpu.launches --shape olmoe qwen3_moe
+
+For each shape, in this order: up, up of half the columns, down, down of half the depth. Group sizes and operands are
+those of the benchmark. Without ncu it only runs them.
+"""
+
+import argparse
+import ctypes
+import functools
+import glob
+import sys
+
+import jax
+
+from kernels_pallas.grouped_matmul import specs
+from kernels_pallas.rivals import jax_run, ours
+from kernels_pallas.rivals.case import Case
+
+OPERATIONS = ("forward", "major")
+
+
+def runtime() -> ctypes.CDLL:
+    """CUDA's runtime: of a Python package, or of the system. Raises OSError where there is none."""
+    folders = [path for path in sys.path if path.endswith("-packages")]
+    found = [name for path in folders for name in sorted(glob.glob(f"{path}/nvidia/**/libcudart.so*", recursive=True))]
+    return ctypes.CDLL(found[0] if found else "libcudart.so")
+
+
+def calls(shape: specs.Shape, implementation: str, alpha: float = 5.0) -> list:
+    """Compiled programs with their operands, run once."""
+    sizes = tuple(int(n) for n in specs.dirichlet(shape.experts, shape.rows, alpha))
+    sized = shape.name, shape.experts, shape.d_model, shape.d_expert, shape.rows, alpha, "bfloat16", sizes
+    found = []
+    for projection in ("up", "down"):
+        given = jax_run.operands(Case("forward", projection, *sized))[0]
+        for operation in OPERATIONS:
+            product = ours.product(Case(operation, projection, *sized), implementation, "EKN")
+            found.append(functools.partial(jax_run.compiled(product, *given), *given))
+            jax.block_until_ready(found[-1]())
+    return found
+
+
+def main(argv: list[str] | None = None, implementation: str = "mosaic_gpu") -> int:
+    """Parses the command line and launches."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=list(specs.SHAPES), default=["olmoe"])
+    names = parser.parse_args(argv).shape
+    cuda = runtime() if jax.default_backend() == "gpu" else None
+    for name in names:
+        programs = calls(specs.SHAPES[name], implementation)
+        if cuda:
+            cuda.cudaProfilerStart()
+        for program in programs:
+            jax.block_until_ready(program())
+        if cuda:
+            cuda.cudaProfilerStop()
+        print(f"{name}: {len(programs)} launches")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
