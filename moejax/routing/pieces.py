@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import RouterConfig
+from moejax.routing import product
 from moejax.routing.registry import RouterWeights
 from moejax.types import RouteContext, Routing
 
@@ -17,16 +18,15 @@ def router_logits(
 ) -> Float[Array, "T E"]:
     """``x @ kernel``, plus ``logit_bias`` with ``router.bias``, in float32 at full precision; in training with the
     multiplicative input jitter U(1-e, 1+e) of Switch."""
-    x = x.astype(jnp.float32)
     if ctx.train and config.jitter > 0:
         low, high = 1.0 - config.jitter, 1.0 + config.jitter
-        x = x * jax.random.uniform(noise_key(ctx, 0), x.shape, jnp.float32, low, high)
+        x = x.astype(jnp.float32) * jax.random.uniform(noise_key(ctx, 0), x.shape, jnp.float32, low, high)
     logits = project(x, weights["kernel"], config)
     return logits + weights["logit_bias"].astype(jnp.float32) if config.bias else logits
 
 
 def project(x: Float[Array, "T D"], kernel: Float[Array, "D E"], config: RouterConfig) -> Float[Array, "T E"]:
-    """``x @ kernel`` in float32 at full precision.
+    """``x @ kernel`` in float32 at full precision (:func:`moejax.routing.product.matmul`).
 
     With ``router.copies`` above 1 a column that equals the first of its run gives that one's numbers, bit for bit: a
     matmul may sum two equal columns in two orders, and a difference in the last bit could part the copies of one expert
@@ -34,7 +34,7 @@ def project(x: Float[Array, "T D"], kernel: Float[Array, "D E"], config: RouterC
     apart.
     """
     kernel = kernel.astype(jnp.float32)
-    made = jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+    made = product.matmul(x, kernel)
     if config.copies == 1:
         return made
     runs = jax.lax.stop_gradient(kernel).reshape(kernel.shape[0], -1, config.copies)
