@@ -256,18 +256,19 @@ def test_the_page_says_what_the_rows_of_the_gpu_say():
     assert "gain {:.2f} (OLMoE) and {:.2f} (Mixtral) at a quarter".format(*(row.value for row in experts)) in page
     shares = [100 * row.extra["share_of_proportional_limit"] for row in experts]
     assert "{:.0f} % and {:.0f} % of the proportional limit".format(*shares) in page
-    slower = [
-        at(f"{m}, {a}, 25%", "speedup/layer").extra["speed_over_1t"] for m in ("olmoe", "mixtral") for a in arms[:0:-1]
-    ]
-    assert "at a quarter {:.2f} and {:.2f} of its speed for OLMoE's layer, {:.2f} and {:.2f}".format(*slower) in page
+    over = {
+        m: tuple(at(f"{m}, {a}, 25%", "speedup/layer").extra["speed_over_1t"] for a in arms[:0:-1])
+        for m in ("olmoe", "mixtral")
+    }
     of_experts = [at(f"olmoe, {arm}, 25%", "speedup/experts").extra["speed_over_1t"] for arm in arms[:0:-1]]
-    assert "OLMoE's experts alone have {:.2f} and {:.2f}".format(*of_experts) in page
-    moves = [
-        at(f"olmoe, {arm}, 25%", "speedup/layer").extra["median_ms"]
-        - at(f"olmoe, {arm}, 25%", "speedup/experts").extra["median_ms"]
-        for arm in ("2T half", "1T")
-    ]
-    assert "takes {:.2f} ms instead of {:.2f} ms".format(*moves) in page
+    assert "at a quarter {:.2f} and {:.2f} of its speed for Mixtral's layer".format(*over["mixtral"]) in page
+    told = "and {:.2f} and {:.2f} for OLMoE's; OLMoE's experts alone have {:.2f} and {:.2f}."
+    assert told.format(*over["olmoe"], *of_experts) in page
+    split = {arm: at(f"olmoe, {arm}, 25%", "speedup/layer").extra["split_ms"] for arm in ("2T half", "1T")}
+    moves = [of["permute"] + of["combine"] for of in split.values()]
+    assert "permute and combine take {:.2f} ms instead of {:.2f} ms".format(*moves) in page
+    whole = at("olmoe, none", "speedup/layer")
+    assert whole.commit[:7] == "dc3863c" and f"without a limit takes {whole.extra['median_ms']:.2f} ms" in page
     one, sixteen = ([at(f"{m}, 1T, 25%", f"speedup/decode/{b}").value for m in ("olmoe", "mixtral")] for b in (1, 16))
     assert "gains {:.2f} (OLMoE) and {:.2f} (Mixtral) for one token".format(*one) in page
     assert "{:.2f} and {:.2f} for 16".format(*sixteen) in page

@@ -1,5 +1,6 @@
 """Figures on the pages are those of the committed rows."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -97,23 +98,95 @@ def test_grouped_matmul_and_the_whole_layer():
         for name in ("grouped_matmul", "moe_ffn")
     )
     ours = {
-        (row["name"], row["projection"], row["commit"]): row
+        (row["operation"], row["name"], row["projection"], row["commit"], row["alpha"], row["rows"]): row
         for row in rows
-        if row["operation"] == "forward" and row["role"] == "ours" and "ratio_to_best_rival" in row
+        if row["role"] == "ours" and ("ceiling" in row or row["operation"] != "forward")
     }
+    sizes = {"olmoe": 65536, "mixtral": 16384, "deepseek_v2_lite": 49152, "qwen3_moe": 65536}
 
-    def cell(name, projection, commit):
-        row = ours.get((name, projection, commit))
-        return f"{percent(row['share_of_ceiling'], 0)}, {row['ratio_to_best_rival']:.2f}x" if row else "-"
+    def both(name, operation, show, commit="e37bdb8", alpha=5.0):
+        return [show(ours[operation, name, part, commit, alpha, sizes[name]]) for part in ("up", "down")]
 
-    shapes = {"OLMoE": "olmoe", "Mixtral": "mixtral", "DeepSeek-V2-Lite": "deepseek_v2_lite", "Qwen3-MoE": "qwen3_moe"}
-    for label, name in shapes.items():
-        up, down = (cell(name, part, "4e7b64a" if name == "olmoe" else "d59478a") for part in ("up", "down"))
-        assert f"| {label} | {up} | {down} |" in text
-    assert f"OLMoE had {cell('olmoe', 'up', 'd59478a')} and {cell('olmoe', 'down', 'd59478a')}" in text
-    (layer,) = (r for r in layers if r["commit"] == "4e7b64a" and r["implementation"] == "mosaic_gpu")
-    told = f"{layer['tflops_per_s']:.0f} TFLOP/s, {layer['ratio_to_best_rival']:.2f} times transformers' `grouped_mm`"
-    assert layer["pass"] == "forward" and told in text
+    share = lambda row: f"{percent(row['share_of_ceiling'], 0)}, {row['ratio_to_best_rival']:.2f}x"  # noqa: E731
+    speed = lambda row: f"{row['tflops_per_s']:.0f}"  # noqa: E731
+    half = lambda row: f"{row['ratio_to_full']:.3f}"  # noqa: E731
+    labels = {"OLMoE": "olmoe", "Mixtral": "mixtral", "DeepSeek-V2-Lite": "deepseek_v2_lite", "Qwen3-MoE": "qwen3_moe"}
+    for label, name in labels.items():
+        gradients = [", ".join(both(name, operation, speed)) for operation in ("dlhs", "drhs")]
+        cells = [label, *both(name, "forward", share), *gradients, *both(name, "major", half)]
+        assert f"| {' | '.join(cells)} |" in text
+    skewed = [both(name, "forward", share, "dc3863c", 0.5) for name in ("olmoe", "qwen3_moe")]
+    assert "OLMoE {} and {}; Qwen3-MoE {} and {}.".format(*skewed[0], *skewed[1]) in text
+
+    # Rows of the run with other rivals have no ceiling.
+    rivals = {
+        (row["implementation"].split("_")[0] + row["implementation"].rpartition("_")[2], row["projection"]): speed(row)
+        for row in rows
+        if row["commit"] == "e37bdb8" and row["operation"] == "forward" and "ceiling" not in row
+        and row["name"] == "olmoe" and row["role"] in ("rival", "ours")
+    }  # fmt: skip
+    told = [rivals[name, part] for name in ("jaxdot", "tokamaxtriton", "tokamaxmosaic", "mosaicgpu")
+            for part in ("up", "down")]  # fmt: skip
+    assert (
+        "`jax.lax.ragged_dot` {} and {}, tokamax 0.0.14 (Pallas-Triton) {} and {}, "
+        "tokamax 0.0.17 (Mosaic GPU) {} and {}".format(*told[:6])
+        in text
+    )
+    assert "ours {} and {}.".format(*told[6:]) in text
+
+    few = [
+        [ours["decode", "olmoe_decode", part, "e37bdb8", 5.0, count] for part in ("up", "down")] for count in (512, 8)
+    ]
+    shares = [100 * row["share_of_ceiling"] for pair in few for row in pair]
+    ratios = [row["ratio_to_best_rival"] for row in few[1]]
+    assert "{:.0f} and {:.0f} % of the copy bandwidth. With 8 rows {:.0f} and {:.0f} %".format(*shares) in text
+    assert "{:.2f}x and {:.2f}x of torch".format(*ratios) in text
+
+    of_layer = [r for r in layers if r["commit"] == "dc3863c" and r["implementation"] == "mosaic_gpu"]
+    whole = {(r["name"], r["pass"], r.get("best_rival", "-").split("_")[0]): r for r in of_layer}
+    forward, trained = (whole["qwen3_30b", p, "transformers"] for p in ("forward", "forward+backward"))
+    told = (
+        f"{forward['tflops_per_s']:.0f} TFLOP/s, {forward['ratio_to_best_rival']:.2f} times transformers' `grouped_mm`"
+    )
+    assert told in text
+    told = f"{trained['tflops_per_s']:.0f}, {trained['ratio_to_best_rival']:.2f} times"
+    assert f"backward {told}, with {trained['saved_bytes'] / 2**30:.2f} GiB saved" in text
+    other = whole["qwen3_30b", "forward", "liger"]
+    assert f"forward {other['tflops_per_s']:.0f}, {other['ratio_to_best_rival']:.2f} times liger-kernel" in text
+    assert f"here that is {whole['sonic_d1536_f256_e128', 'forward', '-']['tflops_per_s']:.0f}." in text
+
+
+def test_half_of_an_expert_in_the_profile():
+    text, found = page("kernels.md"), {}
+    with open(ROOT / "kernels_pallas" / "grouped_matmul" / "measured" / "h100_ncu.csv", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = row["name"], row["projection"], row["operation"], row["Metric Name"]
+            if row["Section Name"] == "GPU Speed Of Light Throughput":
+                found[key] = float(row["Metric Value"].replace(",", ""))
+    metrics = ("Compute (SM) Throughput", "DRAM Throughput", "L2 Cache Throughput")
+    for label, name in (("OLMoE", "olmoe"), ("Qwen3-MoE", "qwen3_moe")):
+        for part in ("up", "down"):
+            times, *shares = (
+                [found[name, part, operation, metric] for operation in ("forward", "major")]
+                for metric in ("Duration", *metrics)
+            )
+            cells = ["{:.0f} and {:.0f} us".format(*(t / 1e3 for t in times))]
+            cells += ["{:.0f} and {:.0f} %".format(*share) for share in shares]
+            assert f"| {label} {part} | {' | '.join(cells)} |" in text
+
+
+def test_scatter_of_rows():
+    file = ROOT / "kernels_pallas" / "gather_rows" / "measured" / "h100.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    ms = {(r["name"], r["operation"], r["implementation"]): r["median_ms"] for r in rows}
+    one, two, xla = (
+        [ms[name, operation, which] for name in ("olmoe_8k", "mixtral")]
+        for operation, which in (("gather_rows", "mosaic_gpu"), ("scatter_rows", "mosaic_gpu"), ("gather_rows", "xla"))
+    )
+    told = "a gather takes {:.3f} and {:.3f} ms, a scatter of the same rows {:.3f} and {:.3f} ms, "
+    told += "XLA's gather {:.3f} and {:.3f} ms"
+    assert told.format(*one, *two, *xla) in page("kernels.md")
+    assert {r["commit"] for r in rows} == {"dc3863c"}
 
 
 def test_row_gathers():
