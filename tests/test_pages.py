@@ -115,6 +115,17 @@ def test_grouped_matmul_and_the_whole_layer():
         gradients = [", ".join(both(name, operation, speed)) for operation in ("dlhs", "drhs")]
         cells = [label, *both(name, "forward", share), *gradients, *both(name, "major", half)]
         assert f"| {' | '.join(cells)} |" in text
+    cublas = {
+        (row["name"], row["projection"]): row["tflops_per_s"]
+        for row in rows
+        if row["commit"] == "e37bdb8" and row["implementation"] == "dense_cublas" and row["operation"] == "forward"
+    }
+    found = [
+        row["tflops_per_s"] / (cublas[name, row["projection"]] * row["tile_share"])
+        for name in labels.values()
+        for row in both(name, "forward", lambda row: row)
+    ]
+    assert f"it is {100 * min(found):.0f} to {100 * max(found):.0f} %" in text
     skewed = [both(name, "forward", share, "dc3863c", 0.5) for name in ("olmoe", "qwen3_moe")]
     assert "OLMoE {} and {}; Qwen3-MoE {} and {}.".format(*skewed[0], *skewed[1]) in text
 
