@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -13,12 +14,22 @@ from kernels_pallas.rivals.case import AnyCase, Settings
 CEILINGS = {"GROUPED": ("dense_mosaic", "dense_cublas", "batched_cublas", "copy"), "LAYER": ("dense_mosaic",)}
 
 
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(143)  # so that what is in `finally` runs
+
+
 def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     """Flags of every benchmark of `families.GROUPED` or `families.LAYER`."""
     known = list(worker.families_of(kind))
     parser.add_argument("--families", nargs="+", choices=known, help="default: all on a GPU, ours on a CPU")
     parser.add_argument("--implementation", nargs="+", default=[], help="of ours, by name; default: all that can run")
-    parser.add_argument("--repeats", type=int, help="timings of each; default 20")
+    parser.add_argument("--repeats", type=_positive, help="timings of each; default 20")
     parser.add_argument("--target-ms", type=float, default=25.0, help="how long one timing lasts")
     parser.add_argument("--seconds", type=float, default=60.0, help="limit for one implementation of one case")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no case starts after that")
@@ -26,7 +37,9 @@ def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--ceiling", nargs="+", default=[], choices=CEILINGS[kind], help="of family dense, by name; default: all"
     )
-    parser.add_argument("--processes", type=int, default=4, help="of ours: while one measures, the others compile")
+    parser.add_argument(
+        "--processes", type=_positive, default=4, help="of ours: while one measures, the others compile"
+    )
     parser.add_argument("--known", nargs="+", metavar="FILE", default=[], help="use configurations of these rows too")
     parser.add_argument("--output", help="JSON lines, appended as they come; configurations in it are used again")
     parser.add_argument("--summary", metavar="FILE", help="print the table of a file of rows, and end")
@@ -39,7 +52,9 @@ def settings(args: argparse.Namespace, layouts: Sequence[str] = ("EKN",)) -> Set
     """What the flags say; later files' configurations go before those of earlier ones, the output's before all."""
     device = jax.devices()[0].device_kind
     known: dict[str, str] = {}
-    for path in (*args.known, *([args.output] if args.output else ())):
+    if args.output and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
+        raise SystemExit(f"--output={args.output}: there is no such folder")
+    for path in (*args.known, *([args.output] if args.output and os.path.exists(args.output) else ())):
         known |= rows.known_configurations(rows.read(path), device)
     return Settings(
         args.repeats or 20, args.target_ms, tuple(args.implementation), tuple(layouts), args.tune, tuple(args.ceiling),
@@ -66,6 +81,8 @@ def run(args: argparse.Namespace, kind: str, todo: Iterable[AnyCase], settings: 
     if on_cpu and not args.families:
         names = ["ours"]
     todo = list(todo)
+    if not todo:
+        raise SystemExit("no case: operations and shapes do not go together")
     workers: dict[str, worker.Inline | worker.Team] = {}
     for name in names:
         if on_cpu:
@@ -74,15 +91,18 @@ def run(args: argparse.Namespace, kind: str, todo: Iterable[AnyCase], settings: 
             count = max(1, args.processes if worker.families_of(kind)[name].team else 1)
             members = [worker.Worker(kind, name, args.seconds) for _ in range(min(count, len(todo)))]
             workers[name] = worker.Team(members, todo, settings)
-    for process in workers.values():
-        if isinstance(process, worker.Team):
-            process.start()  # all at once: they load while the first one measures
     problems = []
-    extra = {"commit": rows.commit()}
+    before = signal.signal(signal.SIGTERM, _end)  # of `timeout`, say: no child is to go on and disturb the next run
+    extra = rows.run_facts()
     device = jax.devices()[0].device_kind
     say(f"{device}, jax {jax.__version__}, families: {' '.join(names)}")
     say(rows.HEAD)
     try:
+        teams = [process for process in workers.values() if isinstance(process, worker.Team)]
+        for process in teams:
+            process.start()  # all at once
+        for process in teams:
+            process.greet()
         for case in todo:
             if time.monotonic() - started > 60 * args.minutes:
                 say(f"stopped before {case.name} {case.fields()['operation']}: --minutes {args.minutes:g} are over")
@@ -94,5 +114,6 @@ def run(args: argparse.Namespace, kind: str, todo: Iterable[AnyCase], settings: 
     finally:
         for process in workers.values():
             process.close()
+        signal.signal(signal.SIGTERM, before)
     say(f"{len(problems)} rows with an error, {problems.count('ours')} of them ours")
     return int("ours" in problems)

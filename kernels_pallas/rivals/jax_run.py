@@ -162,6 +162,11 @@ def program(key: Hashable, function: Callable[..., Any], *args: Any) -> Any:
     return _PREPARED.pop(key, None) or compiled(function, *args)
 
 
+def leaves_device_alone(name: str) -> bool:
+    """Whether a back end compiles without the device: XLA times its own matmuls there, beside what is measured."""
+    return not on_gpu() or name == "mosaic_gpu"
+
+
 def in_parallel(calls: Mapping[str, Callable[[], Any]]) -> dict[str, concurrent.futures.Future]:
     """The calls, each in a thread; compiling leaves Python's lock for much of its time."""
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -107,8 +107,10 @@ def measurements(case: LayerCase, settings: Settings) -> Iterator[tuple[str, Cal
 
 
 def prepare(case: LayerCase, settings: Settings) -> None:
-    """Compiles what `measurements` will run."""
-    for name in MOE_FFN.backends:
+    """Compiles what `measurements` will run, where that leaves the device alone; a router is a matmul of XLA's."""
+    if case.scope == "layer" and jax_run.on_gpu():
+        return
+    for name in filter(jax_run.leaves_device_alone, MOE_FFN.backends):
         if jax_run.wanted(name, settings) and refusal(case, name) is None:
             jax_run.prepare((name, case), functions(case, name)[0], abstract(case))
 

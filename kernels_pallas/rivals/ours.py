@@ -50,8 +50,8 @@ def measurements(case: Case, settings: Settings) -> Iterator[tuple[str, Callable
 
 
 def prepare(case: Case, settings: Settings) -> None:
-    """Compiles what `measurements` will run."""
-    for name in GROUPED_MATMUL.backends:
+    """Compiles what `measurements` will run, where that leaves the device alone."""
+    for name in filter(jax_run.leaves_device_alone, GROUPED_MATMUL.backends):
         for layout in settings.layouts if jax_run.wanted(name, settings) else ():
             if refusal(case, name, layout) is None:
                 for each in (case, *([dataclasses.replace(case, operation="forward")] if case.extent else [])):

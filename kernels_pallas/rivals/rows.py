@@ -1,8 +1,11 @@
 """Rows of a benchmark: what is added to a measurement, the file they are appended to, and the short table of one."""
 
+import datetime
 import json
 import os
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from kernels_pallas.rivals import worker
 from kernels_pallas.rivals.case import AnyCase, Case, LayerCase, Settings
 
 Row = dict[str, Any]
+UNSTEADY = 1.2  # timings whose 90th percentile is so many times the 10th are marked in the table
 ROLES = ("ceiling", "rival", "ours")
 
 
@@ -25,11 +29,35 @@ def commit() -> str:
         return ""
 
 
+def run_facts() -> Row:
+    """Columns that all rows of a run share: commit, when it began, and its command, with files by name alone."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
+    given = []
+    for argument in sys.argv[1:]:
+        flag, equals, value = argument.rpartition("=")
+        given.append(flag + equals + Path(value).name if os.sep in value else argument)
+    began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"commit": commit(), "run": began, "command": shlex.join([*program, *given])}
+
+
 def read(path: str | os.PathLike) -> list[Row]:
-    """The rows of a file of JSON lines; none if it does not exist."""
-    if not os.path.exists(path):
-        return []
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    """The rows of a file of JSON lines. Raises SystemExit where the file or a line cannot be read."""
+    found: list[Row] = []
+    number = 0
+    try:
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):  # noqa: B007
+            if line.strip():
+                found.append(json.loads(line))
+                if not isinstance(found[-1], dict):
+                    raise ValueError("is no row")
+    except OSError as problem:
+        raise SystemExit(f"{path}: {problem.strerror}") from problem
+    except UnicodeDecodeError as problem:
+        raise SystemExit(f"{path} is no text") from problem
+    except ValueError as problem:
+        raise SystemExit(f"{path}, line {number}: not a JSON row ({problem}); was a run ended there?") from problem
+    return found
 
 
 def append(path: str | os.PathLike | None, row: Row) -> None:
@@ -150,6 +178,8 @@ def line(row: Row) -> str:
         more = f"peak {row['peak_bytes'] / 2**30:.2f} GiB"
     if "saved_bytes" in row:
         more += f", saved {row['saved_bytes'] / 2**30:.2f} GiB"
+    if row.get("p10_ms") and row["p90_ms"] > UNSTEADY * row["p10_ms"]:
+        more += f" unsteady: p90/p10 {row['p90_ms'] / row['p10_ms']:.2f}"
     return f"{head}{row['median_ms']:>10.4g}{_figure(row):>15}{share:>8}{rival:>8} {more}".rstrip()
 
 

@@ -161,6 +161,16 @@ class Worker:
         threading.Thread(target=_forward, args=(self.process.stdout, self.answers), daemon=True).start()
         self.greeted = self.preparing = False
 
+    def greet(self) -> None:
+        """Waits until the child has loaded, or has ended: to load takes of the device what others measure with."""
+        if self.process is None or self.greeted:
+            return
+        with contextlib.suppress(queue.Empty):
+            message = self.answers.get(timeout=START_SECONDS)
+            self.greeted = message is not None and "ready" in message
+            if not self.greeted:
+                self.answers.put(message)  # for who asks it
+
     def close(self) -> None:
         """Ends the child, at once."""
         if self.process is not None:
@@ -249,7 +259,7 @@ class Worker:
 class Team:
     """Processes of one family that take cases in turn: while one measures, the others compile their next case.
 
-    One measures at a time, and compiling does not use the device.
+    One measures at a time, and what is compiled ahead does not use the device.
 
     Args:
         members: the processes.
@@ -266,6 +276,11 @@ class Team:
         for index, member in enumerate(self.members):
             member.start()
             self._prepare(index)
+
+    def greet(self) -> None:
+        """Waits until all have loaded."""
+        for member in self.members:
+            member.greet()
 
     def _prepare(self, index: int) -> None:
         if index < len(self.todo):

@@ -471,6 +471,44 @@ def test_a_family_that_is_not_installed_is_one_row_and_its_process_stays():
     assert all("No module named 'tokamax'" in row["error"] for row in made)
 
 
+def test_families_have_loaded_before_anything_is_timed():
+    ready = scripted("""
+        send(row={"implementation": "one"})
+        send(end=True)
+    """)
+    failing, ending = scripted(""), scripted("")
+    said = json.dumps({"failed": "no device"})
+    failing.command = [sys.executable, "-S", "-c", f"print({said!r}, flush=True); input()"]
+    ending.command = [sys.executable, "-S", "-c", "raise SystemExit(5)"]
+    for process, greeted, row in (
+        (ready, True, {"implementation": "one"}),
+        (failing, False, {"implementation": "ours", "error": "no device"}),
+    ):
+        process.start()
+        process.greet()
+        assert process.greeted is greeted
+        process.greet()  # once more: what the child said is still there
+        assert answers(process) == [row]
+    ending.start()
+    ending.greet()
+    (lost,) = answers(ending)
+    assert "ended with status 5" in lost["error"]
+
+
+def test_rows_of_a_run_name_its_command_but_no_folder(monkeypatch):
+    given = ["/some/where/bench.py", "--known", "/other/place/h100.jsonl", "--output=/x/rows.jsonl", "--alpha", "5"]
+    monkeypatch.setattr(sys, "argv", given)
+    facts = rows.run_facts()
+    assert facts["command"].endswith("--known h100.jsonl --output=rows.jsonl --alpha 5")
+    assert "/" not in facts["command"] and facts["run"].endswith("+00:00")
+
+
+def test_unsteady_timings_are_marked():
+    row = {"implementation": "one", "median_ms": 1.0, "tflops_per_s": 1.0, "p10_ms": 1.0, "p90_ms": 1.19}
+    assert "unsteady" not in rows.line(row)
+    assert "unsteady: p90/p10 1.21" in rows.line(row | {"p90_ms": 1.21})
+
+
 def test_a_process_that_ended_after_a_case_is_replaced_at_the_next():
     process = scripted("""
         send(start="one")
@@ -648,3 +686,27 @@ def test_layers_are_right_on_the_device(family, scope):
     finally:
         process.close()
     assert made and all("median_ms" in row for row in made if "refused" not in row), made
+
+
+def test_a_wrong_product_gets_no_time():
+    case = grouped()
+    with pytest.raises(jax_run.WrongResult, match="is above"):
+        jax_run.time_product(case, QUICK, lambda *operands: 2 * product(case)(*operands))
+
+
+def test_the_ratio_to_the_whole_is_that_of_the_half(monkeypatch):
+    half, whole = timing.Timings((1.0, 1.0), 1), timing.Timings((4.0, 4.0), 1)
+    monkeypatch.setattr(timing, "in_turns", lambda *args, **kwargs: {"": half, "full_": whole})
+    row = jax_run.time_beside_full(grouped("major"), QUICK, lambda case: ours.product(case, "cpu_tiled", "EKN"))
+    assert row["ratio_to_full"] == 0.25 and row["full_median_ms"] == 4 * row["median_ms"]
+
+
+def test_a_whole_that_is_wrong_gives_no_ratio():
+    case = grouped("major")
+
+    def of(one):
+        right = ours.product(one, "cpu_tiled", "EKN")
+        return right if one.operation == "major" else lambda *operands: 2 * right(*operands)
+
+    with pytest.raises(jax_run.WrongResult, match="is above"):
+        jax_run.time_beside_full(case, QUICK, of)

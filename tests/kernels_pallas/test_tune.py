@@ -1,6 +1,7 @@
 """The tuner without a GPU: what it takes, what it refuses, what it writes, and that tuned files compile for CUDA."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from kernels_pallas.grouped_matmul import ref, specs
 from kernels_pallas.grouped_matmul.ffn import Hidden, activate
-from kernels_pallas.grouped_matmul.mosaic_gpu import candidates, outer, rows, trial, tune, tuning
+from kernels_pallas.grouped_matmul.mosaic_gpu import candidates, launches, outer, rows, trial, tune, tuning
 from kernels_pallas.grouped_matmul.mosaic_gpu.trial import Problem, Settings
 from kernels_pallas.rivals.case import WrongResult
 from kernels_pallas.rivals.timing import Timings
@@ -480,6 +481,28 @@ def test_where_the_rule_was_fastest_a_later_rule_decides(pinned, monkeypatch):
     assert sweep(path, Times(best_in_the_second_round), again=True)[0] == 0
     assert stored(path)["rule"] is False
     assert chosen_on("Some GPU", PROBLEM) == rows.Config(**stored(path)["config"]) != later
+
+
+def test_launches_for_a_profiler(tmp_path, capsys):
+    assert launches.main(["--shape", "blocks", "tiny"], implementation="padded") == 0
+    assert capsys.readouterr().out.split() == ["blocks:", "4", "launches", "tiny:", "4", "launches"]
+    assert launches.main([]) == 2
+    assert "needs a Hopper GPU" in capsys.readouterr().err
+    head = ["ID", "Kernel Name", "Section Name", "Metric Name", "Metric Unit", "Metric Value"]
+    rows = [[i, "grouped_matmul" if i % 2 else "broadcast", "s", metric, "us", i]
+            for i in range(8) for metric in ("Duration", "")]  # fmt: skip
+    lines = [",".join(f'"{cell}"' for cell in row) for row in [head, *rows]]
+    file = tmp_path / "ncu.csv"
+    file.write_text("\n".join(["==PROF== Connected", *lines]))
+    assert launches.main(["--shape", "olmoe", "--label", str(file)]) == 0
+    _, *found = capsys.readouterr().out.splitlines()
+    launched = itertools.product(("up", "down"), ("forward", "major"))
+    assert found == [
+        f"olmoe,{part},{operation},grouped_matmul,s,Duration,us,{2 * i + 1}"
+        for i, (part, operation) in enumerate(launched)
+    ]
+    with pytest.raises(ValueError, match="has 4 launches of grouped matmuls, olmoe mixtral are 8"):
+        launches.main(["--shape", "olmoe", "mixtral", "--label", str(file)])
 
 
 TUNED = tuning.FOLDER
