@@ -178,4 +178,6 @@ def gather_rows(
     """See `api.gather_rows`: from `places`, where they are told and fit, or else row by row."""
     if places is None or refuse_shapes(x, places, index.shape[0]) is not None:
         return mosaic_gpu.gather_rows(x, index, count)
+    # Here too, outside the custom gradient: that of an x which varies over fewer axes is then summed over the others.
+    x, places = (groups.vary(a, x, places) for a in (x, places))
     return _scatter(x, places, index.shape[0])

@@ -12,8 +12,8 @@ IN_PARTS: bool | None = None
 
 
 def matmul(x: Float[Array, "T D"], kernel: Float32[Array, "D E"]) -> Float32[Array, "T E"]:
-    """``x @ kernel`` in float32 at full precision: :func:`in_float32`, or :func:`in_parts` where that is as exact and
-    faster. Gradients are those of :func:`in_float32` in both cases."""
+    """``x @ kernel`` in float32 at full precision: :func:`in_float32`, or :func:`in_parts` where that is as exact but
+    for how sums are rounded, and faster. Gradients are those of :func:`in_float32` in both cases."""
     wanted = _on_gpu() if IN_PARTS is None else IN_PARTS
     if wanted and x.dtype == jnp.bfloat16:
         return in_parts(x, kernel)
@@ -37,7 +37,7 @@ def in_float32(x: Float[Array, "T D"], kernel: Float32[Array, "D E"]) -> Float32
 def in_parts(x: BFloat16[Array, "T D"], kernel: Float32[Array, "D E"]) -> Float32[Array, "T E"]:
     """``x @ a + (x @ b + x @ c)`` with the :func:`parts` of the kernel, accumulated in float32.
 
-    The parts sum to the kernel and a product of two bfloat16 numbers is exact in float32, so only sums are rounded, as
+    The parts sum to the kernel and a product of two bfloat16 numbers is exact in float32, so only sums are inexact, as
     they are in :func:`in_float32`. What is not finite is what ``x @ a`` has there: an infinity times a part of 0 would
     otherwise make NaN of infinite logits.
     """

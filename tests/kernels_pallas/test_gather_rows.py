@@ -172,6 +172,39 @@ def test_writes_each_row_to_its_places_without_a_race_and_nothing_else(tokens, c
     assert np.isnan(out[count:].astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("too_soon", [False, True])
+def test_a_stage_is_filled_again_when_its_rows_have_left(monkeypatch, too_soon):
+    """A block's 21 steps go seven times round a ring of three; with one copy more in flight it is a race."""
+    wait = plgpu.wait_smem_to_gmem
+    monkeypatch.setattr(plgpu, "wait_smem_to_gmem", lambda n, **options: wait(n + too_soon if n else 0, **options))
+    x, (places, index, _) = normal(21, 256), places_of(21, 1, kept=1.0)
+    with hopper(1), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        arguments = jnp.asarray(x), jnp.asarray(places), len(index)
+        config = Config(rows=1, stages=3, blocks=1)
+        out = jax.block_until_ready(mosaic_gpu_scatter.scatter_rows(*arguments, config=config))
+        assert gpu_callbacks.get_races().races_found == too_soon
+    if not too_soon:
+        np.testing.assert_array_equal(np.asarray(out), expected(x, index))
+
+
+def test_a_gradient_by_places_inside_shard_map(monkeypatch):
+    """Tokens that all shards have, and places of each shard's own."""
+    monkeypatch.setattr(block, "multiprocessors", lambda: 4)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def run(x, index, places):
+        def loss(x):
+            return jnp.sum(mosaic_gpu_scatter.gather_rows(x, index, jnp.int32(16), places) ** 2)
+
+        return jax.grad(loss)(x)
+
+    whole, mine = PartitionSpec(), PartitionSpec("data")
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(whole, mine, mine), out_specs=whole)
+    arguments = ((8, 128), jnp.float32), ((32,), jnp.int32), ((16, 2), jnp.int32)
+    made = jax.eval_shape(sharded, *(jax.ShapeDtypeStruct(*argument) for argument in arguments))
+    assert made.shape == (8, 128)
+
+
 # --- the kernels on a device (`-m gpu`) -------------------------------------------------------------------
 
 

@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +281,37 @@ def test_parts_of_the_last_tile_leave_in_order_and_not_all_at_once(parts):
         if steps >= parts:  # a step between any two, and no more than it takes
             assert len(set(when)) == parts
             assert max(np.diff(when), default=0) <= -(-steps // parts)
+
+
+WAITS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend, outer
+from tests.kernels_pallas import test_mosaic_gpu as t
+for axis, cluster, block_n in (("n", 1, 256), ("k", 2, 128)):
+    k, n = (128, 256) if axis == "n" else (256, 128)
+    lhs, grad = t.normal(0, 576, k), t.normal(1, 576, n)
+    config = outer.Config(block_n=block_n, cluster=cluster, stages=2, defer=True)
+    sizes, extents = jnp.asarray([64, 512]), jnp.asarray([256, 128])
+    with t.hopper(2 * cluster), t.plgpu.force_gpu_interpret_mode(t.plgpu.InterpretGPUParams()):
+        out = backend.outer(
+            lhs, grad, sizes, extents, experts=1, extent_axis=axis, dtype=jnp.bfloat16, config=config
+        )
+    left, right = (np.asarray(a, np.float32) for a in (lhs, grad))
+    wanted = left.T @ right
+    some = left[:64].T @ right[:64]
+    wanted[(slice(None), slice(128, None)) if axis == "n" else slice(128, None)] = (
+        some[:, 128:] if axis == "n" else some[128:]
+    )
+    assert t.error(np.asarray(out[0], np.float32), wanted) < 5e-3, axis
+"""
+
+
+def test_the_next_tile_is_not_waited_for_before_this_ones_buffers_are_free():
+    """A warpgroup whose part of a tile ends early still frees the buffers of the rest. A block that waits for itself
+    would hang, so it runs in a process that can be ended."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", WAITS], env=env, check=True, timeout=300)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------

@@ -253,7 +253,9 @@ def _kernel(
                         store(part, value, at)
                         begun = until
                 after = lax.fori_loop(begun, mine, step_k, after)
-                following = hear()
+                # The next tile is told once all buffers of this one are asked for. With extents `skip` frees some of
+                # them, so to hear of it before would be to wait for oneself.
+                following = hear() if axis is None else None
                 plgpu.wgmma_wait(0)
                 release_last(empty, after, stages, mine > 0)
 
@@ -265,6 +267,7 @@ def _kernel(
                     return step + 1
 
                 after = lax.fori_loop(mine, steps, skip, after)
+                following = hear() if following is None else following
                 value, at = acc[...].astype(out.dtype), (expert, ik, jn)
                 if late:
                     return following, (after, [(value, at)])
