@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
+from kernels_pallas.grouped_matmul import GROUPED_MATMUL
+from kernels_pallas.moe_ffn import MOE_FFN
 from kernels_pallas.rivals import rows, worker
 from kernels_pallas.rivals.case import AnyCase, Settings
 
@@ -28,7 +30,14 @@ def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     """Flags of every benchmark of `families.GROUPED` or `families.LAYER`."""
     known = list(worker.families_of(kind))
     parser.add_argument("--families", nargs="+", choices=known, help="default: all on a GPU, ours on a CPU")
-    parser.add_argument("--implementation", nargs="+", default=[], help="of ours, by name; default: all that can run")
+    ours = {"GROUPED": GROUPED_MATMUL, "LAYER": MOE_FFN}[kind].backends
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        default=[],
+        choices=list(ours),
+        help="of ours, by name; default: all that can run",
+    )
     parser.add_argument("--repeats", type=_positive, help="timings of each; default 20")
     parser.add_argument("--target-ms", type=float, default=25.0, help="how long one timing lasts")
     parser.add_argument("--seconds", type=float, default=60.0, help="limit for one implementation of one case")

@@ -69,15 +69,20 @@ def append(path: str | os.PathLike | None, row: Row) -> None:
 
 def known_configurations(rows: Iterable[Row], device: str) -> dict[str, str]:
     """Best configurations of earlier rows on the same device, for `Settings.known`."""
-    found = {}
+    found: dict[str, tuple[float, str]] = {}
     for row in rows:
         if row.get("config") and row.get("device") == device and "error" not in row:
             if "dense_shape" in row:
-                found[f"dense_mosaic {row['dense_shape']}"] = row["config"]
+                key = f"dense_mosaic {row['dense_shape']}"
             elif "projection" in row:
                 name = f"{row['implementation']} {row['operation']} {row['projection']}"
-                found[f"{name} {row['name']} {row['rows']} {row['dtype']}"] = row["config"]
-    return found
+                key = f"{name} {row['name']} {row['rows']} {row['dtype']}"
+            else:
+                continue
+            ms = row.get("median_ms", float("inf"))
+            if key not in found or ms < found[key][0]:
+                found[key] = ms, row["config"]
+    return {key: config for key, (_, config) in found.items()}
 
 
 def speed(case: AnyCase, measured: Row) -> Row:

@@ -49,7 +49,8 @@ def dispatch(
 def weighted_rows(
     xs: Float[Array, "P D"], weight: Float[Array, "R K"], plan: DispatchPlan, *, backend: str = "local"
 ) -> Float[Array, "P D"]:
-    """Each row times the gate weight of its pair (Llama 4 weighs what goes into an expert). Rows without one: 0."""
+    """Each row times the gate weight of its pair (Llama 4 weighs what goes into an expert). Rows that hold none are 0
+    times what they hold, which may be anything."""
     weight = weight.astype(jnp.float32)
     if backend == "dense":  # row e T + t, whether or not t chose e: combine reads the pairs' rows only
         of_row = jnp.zeros(xs.shape[0]).at[plan.row_of_pair.reshape(-1)].set(weight.reshape(-1), mode="drop")

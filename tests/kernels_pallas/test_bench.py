@@ -287,6 +287,8 @@ def test_a_configuration_found_once_is_found_again():
     broken = row | {"implementation": "other", "error": "no"}
     known = rows.known_configurations([row, dense, broken, row | {"device": "H200", "config": "slow"}], "H100")
     assert known == {cases.key("rival", case): "fast", "dense_mosaic 1 2 3 bfloat16": "wide"}
+    timed = [row | {"config": config, "median_ms": ms} for config, ms in (("a", 2.0), ("b", 1.0), ("c", 3.0))]
+    assert rows.known_configurations(timed, "H100") == {cases.key("rival", case): "b"}  # the fastest, not the last
 
 
 def test_a_known_configuration_saves_the_sweep_and_a_wrong_one_loses_it():
