@@ -84,6 +84,13 @@ def widest_part(columns: int, itemsize: int) -> int | None:
     return max(fits, default=None)
 
 
+def two_axes(columns: int, itemsize: int) -> tuple[int, int]:
+    """A row, of those that `refuse_shapes` takes, as two axes: one may not be wider than a BOX."""
+    part = widest_part(columns, itemsize)
+    assert part is not None  # `refuse_shapes` says so
+    return columns // part, part
+
+
 def refuse(x: Any, index: Any, count: Any = None) -> str | None:
     """See `dispatch.Backend`."""
     del count
@@ -172,9 +179,7 @@ def _call(
     (size, columns), count = x.shape, index.shape[0]
     if reason := config.refuse(columns * x.dtype.itemsize):
         raise ValueError(reason)
-    part = widest_part(columns, x.dtype.itemsize)
-    assert part is not None  # `refuse_shapes` says so
-    row = (columns // part, part)  # two axes, as one may not be wider than a BOX
+    row = two_axes(columns, x.dtype.itemsize)
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config),
         out_type=jax.ShapeDtypeStruct((count, *row), x.dtype),

@@ -106,9 +106,7 @@ def _call(
     most = most_stages(row_bytes, choices, config.blocks)
     if not 2 <= config.stages <= most:
         raise ValueError(f"{config}: stages must be 2 to {most} for {choices} rows of {row_bytes} bytes for each token")
-    part = mosaic_gpu.widest_part(columns, ys.dtype.itemsize)
-    assert part is not None  # `refuse_shapes` says so
-    row = (columns // part, part)
+    row = mosaic_gpu.two_axes(columns, ys.dtype.itemsize)
     kernel = plgpu.kernel(
         functools.partial(_kernel, stages=config.stages),
         out_type=jax.ShapeDtypeStruct((tokens, *row), ys.dtype),

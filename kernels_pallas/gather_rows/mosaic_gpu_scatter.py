@@ -99,9 +99,7 @@ def _kernel(x: Any, places: Any, out: Any, ring: Any, full: Any, *, config: Conf
 
 def _call(x: Float[Array, "N D"], places: Int[Array, "N K"], size: int, config: Config) -> Float[Array, "R D"]:
     tokens, columns = x.shape
-    part = mosaic_gpu.widest_part(columns, x.dtype.itemsize)
-    assert part is not None  # `refuse_shapes` says so
-    row = (columns // part, part)
+    row = mosaic_gpu.two_axes(columns, x.dtype.itemsize)
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config),
         out_type=jax.ShapeDtypeStruct((size, *row), x.dtype),

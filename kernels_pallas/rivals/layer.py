@@ -24,20 +24,15 @@ WEIGHTS = ("gate", "up", "down")
 @functools.lru_cache(maxsize=1)
 def operands(case: LayerCase) -> dict[str, Array]:
     """Random normal x, dy and weights of variance 1 / fan-in; the routing, or the router that makes it."""
-    t, d, f, e = case.tokens, case.d_model, case.d_expert, case.experts
-    keys = jax.random.split(jax.random.key(0), 6)
-    expert, weight = case.routing()
+    into, inner = case.d_model**-0.5, case.d_expert**-0.5
+    scales = {"x": 1.0, "dy": 1.0, "gate": into, "up": into, "down": inner, "router": into}
+    shapes, keys = abstract(case), jax.random.split(jax.random.key(0), len(scales))
     made = {
-        "x": jax_run.normal(keys[0], (t, d), 1.0, case.dtype),
-        "dy": jax_run.normal(keys[1], (t, d), 1.0, case.dtype),
-        "gate": jax_run.normal(keys[2], (e, d, f), d**-0.5, case.dtype),
-        "up": jax_run.normal(keys[3], (e, d, f), d**-0.5, case.dtype),
-        "down": jax_run.normal(keys[4], (e, f, d), f**-0.5, case.dtype),
-        "router": jax_run.normal(keys[5], (d, e), d**-0.5, case.dtype),
-        "expert": jnp.asarray(expert),
-        "weight": jnp.asarray(weight),
+        name: jax_run.normal(key, shapes[name].shape, scale, case.dtype)
+        for key, (name, scale) in zip(keys, scales.items(), strict=True)
     }
-    return jax.block_until_ready(made)
+    expert, weight = case.routing()
+    return jax.block_until_ready(made | {"expert": jnp.asarray(expert), "weight": jnp.asarray(weight)})
 
 
 def abstract(case: LayerCase) -> dict[str, jax.ShapeDtypeStruct]:

@@ -98,7 +98,7 @@ def child(kind: str, family: str) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         case, settings, done = decode_request(request)
-        if request.get("prepare"):
+        if request["prepare"]:
             prepare(module, case, settings)
         elif not serve(module, case, settings, done, send):
             return
@@ -217,11 +217,12 @@ class Worker:
     def prepare(self, case: AnyCase, settings: Settings) -> None:
         """Asks a child that runs to compile what this case needs; does not wait for it."""
         if self.process is not None and self.process.poll() is None:
-            request = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings), "done": []}
-            self._send(request | {"prepare": True})
+            self._send(case, settings, prepare=True)
             self.preparing = True
 
-    def _send(self, request: dict) -> None:
+    def _send(self, case: AnyCase, settings: Settings, done: Sequence[str] = (), prepare: bool = False) -> None:
+        request = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings), "done": done}
+        request["prepare"] = prepare
         assert self.process is not None and self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended: who waits for an answer is told
             self.process.stdin.write(json.dumps(request) + "\n")
@@ -232,7 +233,7 @@ class Worker:
         if self.process is None or self.process.poll() is not None:
             self.close()
             self.start()
-        self._send({"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings), "done": done})
+        self._send(case, settings, done)
         process = self.process
         assert process is not None
         while True:
