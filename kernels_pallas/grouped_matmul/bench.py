@@ -4,14 +4,15 @@
         [--projection up down] [--alpha A ...] [--rows N ...] [--implementation NAME ...] [--layout EKN ENK]
         [--families NAME ...] [--seconds S] [--minutes M] [--repeats N] [--dtype bfloat16] [--output FILE.jsonl]
         [--tune none short full] [--known FILE.jsonl ...] [--ceiling NAME ...] [--processes N]
-    python -m kernels_pallas.grouped_matmul.bench --operation ffn [--shape NAME ...]
+    python -m kernels_pallas.grouped_matmul.bench --operation ffn major_ffn [--shape NAME ...]
     python -m kernels_pallas.grouped_matmul.bench --summary FILE.jsonl
 
 `ffn`, the default on a CPU, times the whole expert FFN beside a batched einsum (`ffn_bench.py`). The other operations
 time one grouped matmul: families and their order are in `kernels_pallas.rivals.families`. Every implementation is
 checked against float32 before it is timed; one that is wrong, refuses or crashes gives a row with "error" and no
 time. Groups are drawn from Dirichlet(alpha): 5 is mild, 0.5 harsh. `decode` counts bytes that must move, the
-others floating-point operations of valid rows. `major` gives every group the leading half of F.
+others floating-point operations of valid rows. `major` gives every group the leading half of F; `major_ffn` times the
+whole FFN so, beside that with all of F (`major_bench.py`).
 
 On a GPU four processes (`--processes`) take the cases of ours in turn: one measures while the others, and the family
 `dense`, compile what comes next. `--known` takes the best configurations of dense and rival kernels from earlier
@@ -24,13 +25,14 @@ from collections.abc import Iterator
 
 import jax
 
-from kernels_pallas.grouped_matmul import ffn_bench, specs
+from kernels_pallas.grouped_matmul import ffn_bench, major_bench, specs
 from kernels_pallas.rivals import case as cases
 from kernels_pallas.rivals import command
 from kernels_pallas.rivals import rows as results
 from kernels_pallas.rivals.case import Case
 
 DECODE_ROWS = (8, 512, 2048)
+OF_FFN = ("ffn", "major_ffn")
 
 
 def grouped_cases(
@@ -58,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command.shares_device()
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operation", nargs="+", choices=(*cases.OPERATIONS, "ffn"), help="default: ffn on a CPU")
+    parser.add_argument("--operation", nargs="+", choices=(*cases.OPERATIONS, *OF_FFN), help="default: ffn on a CPU")
     parser.add_argument("--shape", nargs="+", choices=list(specs.SHAPES), help="default: those of this platform")
     parser.add_argument("--projection", nargs="+", choices=cases.PROJECTIONS, default=list(cases.PROJECTIONS))
     parser.add_argument("--alpha", nargs="+", type=float, help="Dirichlet concentrations; default 5, and 0.5 on a GPU")
@@ -83,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if "ffn" in args.operation:
         ffn_bench.run(args)
-    operations = [name for name in args.operation if name != "ffn"]
+    if "major_ffn" in args.operation:
+        major_bench.run(args, command.settings(args))
+    operations = [name for name in args.operation if name not in OF_FFN]
     if not operations:
         return 0
     todo = grouped_cases(operations, args.shape, args.projection, args.alpha, args.rows, args.dtype)

@@ -68,18 +68,19 @@ def inputs(shape: specs.Shape, dtype: jnp.dtype) -> tuple[Array, Weights, Array]
     return normal(keys[3], (p, d), 1.0), weights, normal(keys[4], (p, d), 1.0)
 
 
+def by_expert(rows: Array, sizes: np.ndarray) -> tuple[Array, np.ndarray]:
+    """([E, C, D] float32, each group's rows and then zeros; where each row lies in it when flattened), on the host."""
+    place = np.concatenate([e * sizes.max() + np.arange(n) for e, n in enumerate(sizes)])
+    out = np.zeros((len(sizes) * sizes.max(), rows.shape[1]), np.float32)
+    out[place] = np.asarray(rows[: sizes.sum()], np.float32)
+    return jnp.asarray(out.reshape(len(sizes), sizes.max(), -1)), place
+
+
 def oracle(xs: Array, weights: Weights, dy: Array, sizes: np.ndarray) -> list[np.ndarray]:
     """(ys, dxs, *dweights) in float32: groups padded to the largest on the host, one einsum, autodiff."""
-    ends = np.cumsum(sizes)
-    place = np.concatenate([e * sizes.max() + np.arange(n) for e, n in enumerate(sizes)])
-
-    def padded(rows: Array) -> Array:
-        out = np.zeros((len(sizes) * sizes.max(), rows.shape[1]), np.float32)
-        out[place] = np.asarray(rows[: ends[-1]], np.float32)
-        return jnp.asarray(out.reshape(len(sizes), sizes.max(), -1))
-
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
-    ys, (dxs, dw) = jax.jit(forward_backward(einsum_ffn))(padded(xs), wide, padded(dy))
+    padded, place = by_expert(xs, sizes)
+    ys, (dxs, dw) = jax.jit(forward_backward(einsum_ffn))(padded, wide, by_expert(dy, sizes)[0])
     rows = [np.asarray(a).reshape(-1, xs.shape[1])[place] for a in (ys, dxs)]
     return rows + [np.asarray(d) for d in jax.tree.leaves(dw)]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from kernels_pallas.grouped_matmul import bench, specs
+from kernels_pallas.grouped_matmul import bench, major_bench, specs
 from kernels_pallas.moe_ffn import bench as layer_bench
 from kernels_pallas.moe_ffn import specs as layer_specs
 from kernels_pallas.rivals import case as cases
@@ -659,6 +659,27 @@ def test_the_benchmark_of_the_ffn_runs_as_before(tmp_path, capsys):
     made, committed = rows.read(output), rows.read(ROWS)
     assert len(made) == 4 and set(committed[0]) <= set(made[0])
     assert "x bound" in capsys.readouterr().out
+
+
+def test_the_ffn_of_major_groups_is_timed_beside_the_whole_one(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "rows.jsonl"
+    args = ["--operation", "major_ffn", "--shape", "blocks", "--repeats", "2", "--target-ms", "0.1"]
+    args += ["--implementation", "cpu_tiled", "lax", "--output", str(output)]
+    assert bench.main(args) == 0
+    made = rows.read(output)
+    assert [(row["implementation"], row["extent"], row["d_expert"]) for row in made] == [
+        (name, major_bench.groups.EXTENT_BLOCK * -(-192 // major_bench.groups.EXTENT_BLOCK), 384)
+        for name in ("cpu_tiled", "lax")
+    ]
+    for row in made:
+        assert row["tflops_per_s"] * row["median_ms"] == pytest.approx(6e-9 * 160 * 128 * row["extent"])
+        assert row["relative_error"] < 1e-5 and row["command"].startswith("python")
+    assert "of full" in capsys.readouterr().out
+    # A back end that forgets the extents, or the rest of F, is found out.
+    whole = major_bench.program
+    monkeypatch.setattr(major_bench, "program", lambda name, half: whole(name, False))
+    with pytest.raises(cases.WrongResult, match="of 384: error"):
+        bench.main(args)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
