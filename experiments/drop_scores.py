@@ -79,8 +79,8 @@ class Setting:
 
 
 def setting_of(name: str, *, tiny: bool = False) -> Setting:
-    """The layer of a model in :data:`SHAPES`; ``tiny`` for a try on a CPU: the same flags, 64 tokens, and experts as
-    wide as two blocks of the kernels' extents."""
+    """The layer of a model in :data:`SHAPES`; ``tiny`` for a try on a CPU: the same flags, 64 tokens, and experts of
+    four blocks of the kernels' extents."""
     shape = SHAPES[name]
     module = importlib.import_module(f"configs.models.{shape.config}")
     config = from_mapping(ExperimentConfig, module.get_config("tiny" if tiny else "full"))

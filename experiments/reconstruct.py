@@ -27,7 +27,7 @@ from moejax import derived, importance, limits, pretrained, validate
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.data import Batch, eval_batches, load_corpus
 from moejax.importance import Importance
-from moejax.limits.threshold import BLOCK
+from moejax.limits.threshold import BLOCK, ROUNDED
 from moejax.model import moe_layer_ids
 from moejax.neurons import METRICS
 from moejax.partition import reconstruct
@@ -169,8 +169,8 @@ def _mean(shares: np.ndarray) -> float:
 
 
 def _listed(width: int) -> list[int]:
-    """Numbers of leading columns: in steps of the kernels' blocks of 128 where there are several."""
-    block = BLOCK if width > BLOCK else 1
+    """Numbers of leading columns: in steps of the kernels' blocks of 64 where half an expert is rounded up to them."""
+    block = BLOCK if width >= ROUNDED else 1
     step = -(-width // (LISTED * block)) * block
     return [*range(step, width, step), width]
 

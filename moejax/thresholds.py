@@ -43,6 +43,14 @@ class Rule:
     """Hidden width F of a routed expert; 0: half a pair's work is skipped."""
 
     @property
+    def columns(self) -> int:
+        """Major neurons as a number, where F says what it is: what thresholds were found for must not change with what
+        0 means."""
+        if self.gap is None or not self.expert_dim:
+            return self.major
+        return limits.major_columns(self.expert_dim, self.major)
+
+    @property
     def skip(self) -> float:
         """Share of its work that a halved pair leaves out."""
         return 1 - limits.major_columns(self.expert_dim, self.major) / self.expert_dim if self.expert_dim else 0.5
@@ -54,13 +62,13 @@ class Rule:
         more = (
             ""
             if self.gap is None
-            else f",gap={np.float32(self.gap)!s}" + (f",major={self.major}" if self.major else "")
+            else f",gap={np.float32(self.gap)!s}" + (f",major={self.columns}" if self.columns else "")
         )
         return f"threshold_drop:threshold={'/'.join(values)}{more}"
 
     def limit(self, thresholds: Sequence[float] | Float[np.ndarray, "L"]) -> tuple[limits.ThresholdDrop, ...]:
         """The limit of L thresholds, always with one for each layer, so that any of them run the same program."""
-        return (limits.threshold_drop(tuple(map(float, thresholds)), gap=self.gap, major=self.major),)
+        return (limits.threshold_drop(tuple(map(float, thresholds)), gap=self.gap, major=self.columns),)
 
 
 # --- scores ---------------------------------------------------------------------------------------

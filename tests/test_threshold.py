@@ -20,7 +20,7 @@ from tests import moe_fakes as fakes
 from tests import test_virtual_ranks as ranks
 from tests.small import quick_compilation
 
-F = 256
+F = 128
 """Two blocks of the kernels' extents."""
 
 
@@ -307,7 +307,8 @@ def test_water_filling_is_not_misled_by_rounding():
     low, high = [((1, 2), (0.1, 0.9))] * 3 + [((1, 2), (0.2, 0.8))], [((0, 1), (0.5, 0.5))] * 5 + [((0, 2), (0.5, 0.5))]
     expert, score = (np.asarray(v) for v in zip(*low, *high, strict=True))
     table = fakes.table(expert, score, score, np.ones(expert.shape), 3)
-    kept = limits.threshold_drop(0.25, gap=0.0, load_aware="water", ranks=3)(table, RouteContext(expert_dim=300))
+    limit = limits.threshold_drop(0.25, gap=0.0, load_aware="water", ranks=3, major=256)
+    kept = limit(table, RouteContext(expert_dim=300))
     assert np.asarray(kept.valid)[:4, 0].tolist() == [False, False, False, True]  # the fourth need not go: 6 are left
 
 
@@ -323,7 +324,7 @@ def test_the_papers_rule_scales_the_threshold_with_the_load():
 @pytest.mark.parametrize("rule", ["none", "paper", "water"])
 def test_virtual_ranks_decide_as_real_ones_do(rule: str):
     """Loads are of all ranks, so the thresholds of a device are one everywhere."""
-    limit = limits.threshold_drop(0.49, gap=0.05, load_aware=rule, major=128)
+    limit = limits.threshold_drop(0.49, gap=0.05, load_aware=rule, major=64)
     changes = {"expert_dim": F}
     real = ranks.on((1, 4, 1), fakes.small_layer(dispatcher="ep", **changes), (limit,))
     virtual = ranks.on((1, 1, 1), fakes.small_layer(virtual_ranks=4, **changes), (limit,))
@@ -372,7 +373,7 @@ def test_wrong_texts(text: str):
 
 CHECKED = {
     "threshold_drop:threshold=0.1/0.2": ({}, "2 thresholds for 3 MoE layers"),
-    "threshold_drop:threshold=0.1,gap=0.01,major=64,form=extent": ({"expert_dim": 96}, "multiples of 128"),
+    "threshold_drop:threshold=0.1,gap=0.01,major=48,form=extent": ({"expert_dim": 96}, "multiples of 64"),
     "threshold_drop:threshold=0.1,gap=0.01,major=32": ({"expert_dim": 96}, "exactly one half"),
     "threshold_drop:threshold=0.1,gap=0.01,major=40": ({"expert_dim": 96, "parts": 4}, "choose major=24"),
     "threshold_drop:threshold=0.1,gap=0.01,major=96": ({"expert_dim": 96}, "below moe.expert_dim"),
@@ -389,6 +390,10 @@ def test_limits_that_do_not_fit_the_model(text: str):
 
 def test_blocks_are_those_of_the_kernels():
     assert thresholds.BLOCK == groups.EXTENT_BLOCK
+    found = {f: limits.major_columns(f) for f in (96, 192, 255, 256, 300, 416, 768, 1408, 2880)}
+    assert found == {96: 48, 192: 96, 255: 128, 256: 128, 300: 192, 416: 256, 768: 384, 1408: 704, 2880: 1472}
+    assert limits.major_columns(1408, 768) == 768
+    assert limits.halving(1408).extents == (1408, 704) and limits.halving(192).split == 2
 
 
 # --- traces -------------------------------------------------------------------------------------------------------
@@ -399,7 +404,7 @@ def test_a_replay_counts_the_work_that_is_skipped():
     table = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None, None], fakes.random_table(rng, 24, 4, 8, skew=0.2))
     tokens = {name: np.zeros((1, 24), np.int32) for name in trace.TOKEN_ARRAYS} | {"mask": np.ones((1, 24), bool)}
     chunk = trace.Chunk(table, table, tokens, None)
-    for expert_dim, share in ((96, 0.5), (640, 1 - 384 / 640)):  # half of 640, in blocks of 128
+    for expert_dim, share in ((96, 0.5), (600, 1 - 320 / 600)):  # half of 600, in blocks of 64
         setting = replay.Setting((limits.threshold_drop(0.24, gap=0.04),), None, 1, expert_dim=expert_dim)
         decided, sums = replay.decide(chunk, setting, {})
         halved = np.sum(np.asarray(decided.kept.valid) & (np.asarray(decided.kept.level) == 1))

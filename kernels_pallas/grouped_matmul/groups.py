@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 ExtentAxis = Literal["n", "k"]
 EXTENT_AXES: tuple[str, ...] = get_args(ExtentAxis)
-EXTENT_BLOCK = (
-    128  # extents count columns in blocks of this many: a width that every accelerator's tiles divide or fill
-)
+EXTENT_BLOCK = 64
+"""Extents count columns in blocks of this many: the depth that the Hopper kernels sum in one step. Half of F = 1408 is
+whole blocks. Where a tile is wider, what lies beyond an extent is computed too and unspecified in a result of the kind
+"n"; where it would be summed back ends mask it, or set it to zero."""
 
 
 def bounds(group_sizes: Int[Array, "G"], rows: int) -> tuple[Int[Array, "G"], Int[Array, "G"]]:

@@ -112,6 +112,19 @@ def differentiable(product: Product, outer: Outer) -> Callable[..., Array]:
     return grouped_matmul
 
 
+def cut_limited(
+    lhs: Float[Array, "P K"],
+    grad: Float[Array, "P N"],
+    group_sizes: Int[Array, "G"],
+    extents: Int[Array, "G"] | None,
+    extent_axis: ExtentAxis,
+) -> tuple[Float[Array, "P K"], Float[Array, "P N"]]:
+    """Operands of an `Outer`; in the one that extents limit what they leave out is zero."""
+    if extent_axis == "k":
+        return groups.cut(lhs, groups.row_extents(group_sizes, extents, *lhs.shape)), grad
+    return lhs, groups.cut(grad, groups.row_extents(group_sizes, extents, *grad.shape))
+
+
 def by_cutting(
     product: Callable[[Array, Array, Array, bool, jnp.dtype], Array],
     outer: Callable[[Array, Array, Array, jnp.dtype], Array],
@@ -131,10 +144,7 @@ def by_cutting(
         return product(lhs, rhs, groups.per_expert(group_sizes, rhs.shape[0]), transpose_rhs, dtype)
 
     def cut_outer(lhs, grad, group_sizes, extents, *, experts, extent_axis, dtype):
-        if extent_axis == "k":
-            lhs = groups.cut(lhs, groups.row_extents(group_sizes, extents, *lhs.shape))
-        else:
-            grad = groups.cut(grad, groups.row_extents(group_sizes, extents, *grad.shape))
+        lhs, grad = cut_limited(lhs, grad, group_sizes, extents, extent_axis)
         return outer(lhs, grad, groups.per_expert(group_sizes, experts), dtype)
 
     return cut_product, cut_outer

@@ -17,7 +17,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
 LAYER_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 3e-3}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BETWEEN_USES = 500_000_000  # bytes between two uses of an input, ten times the L2 of an H100
-TILE = 128  # rows of a tile: what the dense ceiling is discounted by, and the granularity of extents
+TILE = 128  # rows of a tile: what the dense ceiling is discounted by
+EXTENT_BLOCK = 64  # columns that extents count in: `grouped_matmul.groups`, which other processes do not import
 
 
 class WrongResult(AssertionError):
@@ -73,7 +74,9 @@ class Case:
     @property
     def extent(self) -> int | None:
         """Columns of F that take part in `major`, rounded up as `grouped_matmul` does; None for all."""
-        return min(-(-(self.d_expert // 2) // TILE) * TILE, self.d_expert) if self.operation == "major" else None
+        if self.operation != "major":
+            return None
+        return min(-(-(self.d_expert // 2) // EXTENT_BLOCK) * EXTENT_BLOCK, self.d_expert)
 
     @property
     def flops(self) -> int:

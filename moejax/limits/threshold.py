@@ -64,7 +64,7 @@ class ThresholdDrop:
     """Major neurons of each expert. 0: half of them (:func:`major_columns`)."""
     form: Form = option("auto")
     """How the major half is computed; the outputs are the same. "extent": its leading columns, in a group of rows of
-    its own, by the kernels' extents, which count in blocks of 128. "split": as the first of two sub-experts, for
+    its own, by the kernels' extents, which count in blocks of 64. "split": as the first of two sub-experts, for
     which the weights are copied. "auto": "extent" where the number of columns allows it."""
     load_aware: LoadAware = option("none")
     ranks: int = option(0)
@@ -192,14 +192,17 @@ def halving(expert_dim: int, major: int = 0, form: Form = "auto", parts: int = 1
     return Parting(2, split=2, held=1, skipped=skipped)
 
 
-BLOCK = 128
+BLOCK = 64
 """Columns that the kernels' extents count in (``kernels_pallas.grouped_matmul.groups.EXTENT_BLOCK``)."""
+ROUNDED = 256
+"""Width from which on half an expert is rounded up to whole blocks. A block is too large a part of a narrower one: its
+half is exact, by the form "split" where it is no whole block."""
 
 
 def major_columns(expert_dim: int, major: int = 0) -> int:
     """Major neurons of an expert of width ``expert_dim``: ``major``, or for 0 half of it, rounded up to a multiple of
-    128 where it has at least two such blocks."""
+    64 where it has 256 or more."""
     if major:
         return major
     half = -(-expert_dim // 2)
-    return -(-half // BLOCK) * BLOCK if expert_dim >= 2 * BLOCK else half
+    return -(-half // BLOCK) * BLOCK if expert_dim >= ROUNDED else half

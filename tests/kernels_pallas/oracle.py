@@ -32,8 +32,8 @@ def check(name, actual, expected, tolerance):
 
 
 def columns(extent, size):
-    """An extent in whole blocks of 128 columns, at most `size`."""
-    return min(size, 128 * int(np.ceil(extent / 128)))
+    """An extent in whole blocks of 64 columns, at most `size`."""
+    return min(size, 64 * int(np.ceil(extent / 64)))
 
 
 def spans(sizes, extents, experts, rows, size):

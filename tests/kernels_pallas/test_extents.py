@@ -31,7 +31,7 @@ from tests.kernels_pallas.backends import (
 pytestmark = MARKS
 
 ALL = 2**31 - 1
-EXTENTS = (ALL, 200, 128, 0)
+EXTENTS = (ALL, 150, 64, 0)  # of which the third and second are one and three blocks of columns
 # What the two groups of one expert may have: the first has the larger extent.
 PAIRS = list(itertools.combinations_with_replacement(EXTENTS, 2))
 AXES = ["n", pytest.param("k", marks=pytest.mark.slow if ON_CPU else [])]
@@ -144,7 +144,7 @@ class TestFfn:
 
 @pytest.mark.parametrize(
     ("extent", "columns", "expected"),
-    [(0, 300, 0), (1, 300, 128), (128, 300, 128), (129, 300, 256), (257, 300, 300), (ALL, 300, 300), (7, 40, 40)],
+    [(0, 300, 0), (1, 300, 64), (64, 300, 64), (65, 300, 128), (257, 300, 300), (ALL, 300, 300), (7, 40, 40)],
 )
 def test_extents_are_whole_blocks_of_columns(extent, columns, expected):
     assert groups.round_extents(jnp.array([extent], jnp.int32), columns) == expected

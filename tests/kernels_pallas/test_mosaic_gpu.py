@@ -20,6 +20,9 @@ from kernels_pallas.grouped_matmul.ffn import Weights
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block, outer, rows, schedule, tuning
 from kernels_pallas.moe_ffn import composed
 from kernels_pallas.moe_ffn import ref as layer_ref
+from tests.kernels_pallas import oracle
+from tests.kernels_pallas.backends import normal as random
+from tests.kernels_pallas.backends import poisoned
 from tests.kernels_pallas.oracle import error
 
 KERNELS = backend.Kernels(interpret=True)
@@ -224,10 +227,11 @@ def test_no_race_in_the_ring_of_buffers_of_a_cluster(monkeypatch, sizes, defer):
     close(out, ref.grouped_matmul(*wide((lhs, rhs)), jnp.array(sizes, jnp.int32), **options), 5e-3, valid)
 
 
-def test_ffn_and_its_gradients_with_extents():
+@pytest.mark.parametrize("extents", [(192, 128) * 3, (192, 64, 192, 64, 128, 64)])
+def test_ffn_and_its_gradients_with_extents(extents):
     """These sizes once deadlocked a cluster, and once let NaN of a masked column into a sum."""
     valid, (e, d, f, p) = 131, (3, 128, 192, 157)  # rows that do not end with a tile's
-    sizes, extents = jnp.array([50, 20, 0, 0, 11, 50], jnp.int32), jnp.array([192, 128] * 3, jnp.int32)
+    sizes, extents = jnp.array([50, 20, 0, 0, 11, 50], jnp.int32), jnp.array(extents, jnp.int32)
     xs, dy = normal(0, p, d).at[valid:].set(jnp.nan), normal(4, p, d).at[valid:].set(jnp.nan)
     weights = Weights(normal(1, e, d, f), normal(2, e, d, f), normal(3, e, f, d))
 
@@ -242,12 +246,54 @@ def test_ffn_and_its_gradients_with_extents():
     close(grads, expected_grads, 1e-2, valid)
 
 
+# An odd number of blocks ends within a tile, and within a warpgroup's part of it.
+@pytest.mark.parametrize(
+    ("axis", "transpose_rhs"),
+    [("n", False), ("k", True), *(pytest.param(*of, marks=pytest.mark.slow) for of in (("n", True), ("k", False)))],
+)
+def test_a_product_and_its_gradients_with_extents_and_nan_beyond_them(axis, transpose_rhs):
+    sizes, extents = np.array([50, 20, 0, 61], np.int32), np.array([192, 64, 128, 64], np.int32)
+    k, n = (128, 192) if axis == "n" else (192, 128)
+    lhs = poisoned(random(0, (139, k), jnp.bfloat16), sizes, extents if axis == "k" else None)
+    dy = poisoned(random(1, (139, n), jnp.bfloat16), sizes, extents if axis == "n" else None)
+    rhs = random(2, (2, n, k) if transpose_rhs else (2, k, n), jnp.bfloat16)
+    options = {"transpose_rhs": transpose_rhs, "extents": jnp.asarray(extents), "extent_axis": axis}
+    with interpreted():
+        out, pull = jax.vjp(lambda lhs, rhs: KERNELS.grouped_matmul(lhs, rhs, jnp.asarray(sizes), **options), lhs, rhs)
+        actual = dict(zip(("out", "dlhs", "drhs"), (out, *pull(jnp.asarray(dy))), strict=True))
+    expected = oracle.matmul(lhs, rhs, sizes, dy, transpose_rhs=transpose_rhs, extents=extents, axis=axis)
+    for name, of in expected.items():
+        oracle.check(name, actual[name], of, 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("axis", "block_k", "block_n", "cluster"),
+    [
+        ("k", 256, 128, 1),
+        ("n", 128, 256, 2),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in (("k", 128, 256, 2), ("n", 128, 128, 2))),
+    ],
+)
+def test_outer_with_extents_and_nan_beyond_them(axis, block_k, block_n, cluster):
+    """With other tiles than a product's gradient has here."""
+    sizes, extents = np.array([70, 61, 0, 29], np.int32), np.array([320, 192, 320, 64], np.int32)
+    k, n = (128, 320) if axis == "n" else (320, 128)
+    lhs = poisoned(random(0, (168, k), jnp.bfloat16), sizes, extents if axis == "k" else None)
+    grad = poisoned(random(1, (168, n), jnp.bfloat16), sizes, extents if axis == "n" else None)
+    config = outer.Config(block_k=block_k, block_n=block_n, cluster=cluster, stages=2, defer=cluster == 1)
+    given = map(jnp.asarray, (lhs, grad, sizes, extents))
+    with interpreted():
+        out = backend.outer(*given, experts=2, extent_axis=axis, dtype=jnp.bfloat16, config=config)
+    expected = oracle.matmul(lhs, np.zeros((2, k, n)), sizes, grad, extents=extents, axis=axis)["drhs"]
+    oracle.check("drhs", out, expected, 5e-3)
+
+
 def test_few_rows_join_the_groups_of_an_expert_where_no_gradient_is_asked():
     valid, (e, d, f, p) = 13, (3, 64, 256, 15)
-    sizes, extents = jnp.array([5, 2, 0, 0, 0, 6], jnp.int32), jnp.array([256, 128] * 3, jnp.int32)
+    sizes, extents = jnp.array([5, 2, 0, 0, 0, 6], jnp.int32), jnp.array([256, 64] * 3, jnp.int32)
     xs = normal(0, p, d).at[valid:].set(jnp.nan)
     weights = Weights(normal(1, e, d, f), normal(2, e, d, f), normal(3, e, f, d))
-    assert [list(map(int, a)) for a in groups.joined(sizes, extents, e)] == [[7, 0, 6], [256, 0, 128]]
+    assert [list(map(int, a)) for a in groups.joined(sizes, extents, e)] == [[7, 0, 6], [256, 0, 64]]
     with interpreted():
         y = KERNELS.grouped_ffn(xs, sizes, weights, "swiglu", extents=extents)
     close(y, ref.grouped_ffn(*wide((xs,)), sizes, wide(weights), "swiglu", extents=extents), 5e-3, valid)
@@ -343,6 +389,8 @@ def test_a_walk_covers_every_row_and_column_tile_of_every_group_and_nothing_else
         groups=count, rows=num_rows, columns=most * 128, steps=deep, block_m=block_m, block_n=128, block_k=64,
         cluster=cluster, band=2, extent_axis=axis, parts=parts,
     )  # fmt: skip
+    unit, wide = grid.unit, 128 // grid.unit  # extents end within a tile
+    assert unit == groups.EXTENT_BLOCK == 64
     capacity = most * (-(-num_rows // block_m) + count)
     plan = jax.jit(functools.partial(all_tiles, grid, capacity=capacity))
     rng = np.random.default_rng(0)
@@ -352,13 +400,13 @@ def test_a_walk_covers_every_row_and_column_tile_of_every_group_and_nothing_else
         if trial % 4 == 3:
             sizes[-1] += num_rows  # the sum is above the rows: groups are cut off
         extents = -np.sort(-rng.integers(-3, 900, (count // parts, parts)).astype(np.int32), axis=1).reshape(-1)
-        limit = np.clip(-(-extents // 128) * 128, 0, {None: 0, "n": most * 128, "k": deep * 64}[axis])
-        columns = limit // 128 if axis == "n" else np.full(count, most)
-        slots, (groups, turns), tiles = jax.device_get(plan(sizes, extents))
+        limit = np.clip(-(-extents // unit) * unit, 0, {None: 0, "n": most * 128, "k": deep * 64}[axis])
+        columns = limit // unit if axis == "n" else np.full(count, most * wide)
+        slots, (turned_to, turns), tiles = jax.device_get(plan(sizes, extents))
         assert 0 <= slots < capacity
         assert np.all(turns[slots:] == count)
         if axis == "k":  # the first groups of all experts, then the second ones
-            assert np.all(np.diff(groups[:slots] % parts) >= 0)
+            assert np.all(np.diff(turned_to[:slots] % parts) >= 0)
 
         ends = np.minimum(np.cumsum(sizes), num_rows)
         starts = np.concatenate([[0], ends[:-1]])
@@ -367,16 +415,16 @@ def test_a_walk_covers_every_row_and_column_tile_of_every_group_and_nothing_else
         first_rows = np.repeat(starts[::parts], parts) if joined else starts
         lefts = np.zeros(count, int)
         if joined:
-            lefts = np.where(np.arange(1, count + 1) % parts, np.append(limit[1:], 0), 0) // 128
-        done = np.zeros((num_rows, most), np.int32)
-        for slot, group in enumerate(groups[:slots]):
+            lefts = np.where(np.arange(1, count + 1) % parts, np.append(limit[1:], 0), 0) // unit
+        done = np.zeros((num_rows, most * wide), np.int32)
+        for slot, group in enumerate(turned_to[:slots]):
             assert np.all(tiles.depth[slot] == (limit[group] // 64 if axis == "k" else deep))
             for row, size, column in zip(tiles.row[slot], tiles.count[slot], tiles.column[slot], strict=True):
                 assert first_rows[group] <= row
                 assert 0 < size <= block_m
                 assert row + size <= ends[group]
                 assert lefts[group] <= column < columns[group]
-                done[row : row + size, column] += 1
+                done[row : row + size, column : column + wide] += 1
             # Blocks of a cluster share the operand that the tile says.
             shared = tiles.column[slot] if tiles.shares_rhs[slot][0] else tiles.row[slot]
             assert len(set(shared)) == 1
@@ -384,15 +432,17 @@ def test_a_walk_covers_every_row_and_column_tile_of_every_group_and_nothing_else
         wanted = np.zeros_like(done)
         for start, end, width in zip(starts, ends, columns, strict=True):
             wanted[start:end, :width] = 1
-        np.testing.assert_array_equal(done > 0, wanted > 0)
-        if joined and cluster == 1:  # as many tiles as if each column had one group of all rows that reach it
+            assert not np.any(done[start:end, width + (wide - 1 if width else 0) :])  # a last tile may stick out
+        assert np.all(done[wanted > 0])
+        if joined and cluster == 1:  # all rows that reach a column that is not of the next group fill tiles together
             tiles_of = [
-                -(-sum(ends[g] - starts[g] for g in range(i, i + parts) if columns[g] > c) // block_m)
-                for i in range(0, count, parts) for c in range(most)
+                -(-(ends[g] - first_rows[g]) // block_m) * -(-max(columns[g] - lefts[g], 0) // wide)
+                for g in range(count)
             ]  # fmt: skip
             assert slots == sum(tiles_of)
-        # No work twice, but for the rows that a moved-back last tile repeats and the odd column tile of a cluster.
-        repeats = block_m * most * count * cluster
+        # No work twice, but for the rows that a moved-back last tile repeats, the odd column tile of a cluster, and
+        # where a group's columns do not fill its last tile.
+        repeats = block_m * most * wide * count * cluster + (num_rows * parts * (wide - 1) if axis == "n" else 0)
         assert done.sum() - wanted.sum() <= repeats
 
 

@@ -75,13 +75,13 @@ class TestValues:
         [*(pytest.param(*of, marks=pytest.mark.slow) for of in (("k", False), ("n", False))), ("n", True)],
     )
     def test_extents_of_two_groups_for_each_expert(self, axis, transpose_rhs):
-        for i, extents in enumerate(((ALL, 128, 129, 0), (0, 0, 256, 1), (ALL, ALL, 128, 128))):
+        for i, extents in enumerate(((ALL, 64, 129, 0), (0, 0, 192, 1), (ALL, ALL, 128, 64))):
             sizes = specs.with_empties((15, 15, 11)[i], 4, WIDE.rows, seed=i)
             extents = np.array(extents, np.int32)
             check_matmul(NAME, WIDE, sizes, extents=extents, axis=axis, transpose_rhs=transpose_rhs)
 
     def test_ffn(self):
-        sizes, extents = np.array([12, 5, 0, 17], np.int32), np.array([ALL, 128, ALL, 0], np.int32)
+        sizes, extents = np.array([12, 5, 0, 17], np.int32), np.array([ALL, 64, 192, 0], np.int32)
         check_ffn(NAME, WIDE, sizes, "gelu", bias=True, extents=extents, row_weights="float32")
 
     def test_vmap_over_weights_and_group_sizes(self):

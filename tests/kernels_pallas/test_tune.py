@@ -366,6 +366,13 @@ def test_the_rule_defers_stores_where_tiles_are_short():
     assert not tuning.for_rows(512, 64, 2048, 1024, False).defer and not tuning.for_gated(65536, 64, 2048, 1024).defer
 
 
+def test_tiles_divide_half_of_the_columns_where_they_can():
+    """Half of 768 is two tiles of 192, not one and a half of 256; half of 1408, 704, is no whole number of either."""
+    for columns, width in ((384, 192), (768, 192), (1024, 256), (1408, 256)):
+        assert tuning.for_rows(65536, 64, 2048, columns, False, cut_columns=True).block_n == width
+        assert tuning.for_rows(65536, 64, 2048, columns, False).block_n == 256
+
+
 def test_an_override_must_have_an_effect():
     wanted = outer.Config(stages=2)
     with tuning.using("outer", wanted):

@@ -1,8 +1,8 @@
 """Back end `mosaic_gpu`: Pallas Mosaic GPU kernels for Hopper (compute capability 9.0), bfloat16.
 
 `rows.py` multiplies rows by their expert's matrix, `outer.py` makes the gradient of the matrices, `schedule.py` says
-which tile comes when, `tuning.py` how large tiles are. Extents cost what they keep: column tiles and depth beyond an
-extent are not visited.
+which tile comes when, `tuning.py` how large tiles are. Extents cost what they keep, in whole tiles of columns: tiles
+and depth beyond an extent are not visited.
 
 The FFN fuses the activation into the gate and up projections, and both halves of the gradient of its input into one
 kernel. Saved for the backward: its input and the pre-activations.
@@ -23,7 +23,7 @@ from kernels_pallas.grouped_matmul.ffn import GATED, Activation, Hidden, Weights
 from kernels_pallas.grouped_matmul.groups import ExtentAxis
 from kernels_pallas.grouped_matmul.mosaic_gpu import outer as outer_kernel
 from kernels_pallas.grouped_matmul.mosaic_gpu import rows, tuning
-from kernels_pallas.grouped_matmul.vjp import differentiable
+from kernels_pallas.grouped_matmul.vjp import cut_limited, differentiable
 
 FEW_ROWS = 128
 """Mean rows of an expert up to which its groups are computed as one, with the largest of their extents: a tile's."""
@@ -86,7 +86,29 @@ def outer(
     dtype: jnp.dtype,
     config: outer_kernel.Config | None = None,
 ) -> Array:
-    """See `vjp.Outer`."""
+    """See `vjp.Outer`.
+
+    Extents cost a pass of XLA over the operand that they limit, which is read and written once: `outer_of_cut` takes
+    zeros there.
+    """
+    lhs, grad = cut_limited(*_same_axes((lhs, grad, group_sizes, extents)), extent_axis)
+    return outer_of_cut(
+        lhs, grad, group_sizes, extents, experts=experts, extent_axis=extent_axis, dtype=dtype, config=config
+    )
+
+
+def outer_of_cut(
+    lhs: Array,
+    grad: Array,
+    group_sizes: Array,
+    extents: Array | None,
+    *,
+    experts: int,
+    extent_axis: ExtentAxis,
+    dtype: jnp.dtype,
+    config: outer_kernel.Config | None = None,
+) -> Array:
+    """`outer` of operands that have zeros wherever extents leave something out."""
     lhs, grad, group_sizes, extents = _same_axes((lhs, grad, group_sizes, extents))
     config = config or tuning.for_outer(lhs.shape[0], experts, lhs.shape[1], grad.shape[1])
     spans = rows.Spans(group_sizes, extents, extent_axis)
@@ -148,7 +170,7 @@ class Kernels:
         dgate, dup, h, _ = self.down_backward(dy, None, hidden, weights, group_sizes, extents, activation=activation)
         dx = self.up_input_gradient(dgate, dup, weights, group_sizes, extents)
         experts = weights.up.shape[0]
-        make = functools.partial(outer, experts=experts, dtype=xs.dtype)
+        make = functools.partial(outer_of_cut, experts=experts, dtype=xs.dtype)
         grads = Weights(
             gate=None if dgate is None else make(xs, dgate, group_sizes, extents, extent_axis="n"),
             up=make(xs, dup, group_sizes, extents, extent_axis="n"),
@@ -208,7 +230,10 @@ class Kernels:
         *,
         activation: Activation,
     ) -> tuple[Float[Array, "P F"] | None, Float[Array, "P F"], Float[Array, "P F"], Float[Array, "P"]]:
-        """(dgate, dup, row_weights h, gradient of row_weights) from the cotangent of the weighted rows."""
+        """(dgate, dup, row_weights h, gradient of row_weights) from the cotangent of the weighted rows.
+
+        With extents the first three are zero beyond them, for `outer_of_cut`: no pass more, as one makes them anyway.
+        """
         dh = self.product(
             dys, params.down, group_sizes, extents, transpose_rhs=True, extent_axis="n", dtype=dys.dtype
         ).astype(jnp.float32)
@@ -216,10 +241,10 @@ class Kernels:
         share = 1.0 if row_weights is None else row_weights[:, None].astype(jnp.float32)
         h, pull = jax.vjp(functools.partial(ffn.activate, activation), wide)
         (d,) = pull(share * dh)
-        dgate = None if d.gate is None else d.gate.astype(dys.dtype)
         limit = groups.row_extents(group_sizes, extents, *dh.shape)
-        dweights = jnp.sum(groups.cut(dh * h, limit), axis=1)
-        return dgate, d.up.astype(dys.dtype), (share * h).astype(dys.dtype), dweights
+        made = d.gate, d.up, share * h
+        dgate, dup, weighted = jax.tree.map(lambda a: groups.cut(a, limit).astype(dys.dtype), made)
+        return dgate, dup, weighted, jnp.sum(groups.cut(dh * h, limit), axis=1)
 
     def up_input_gradient(
         self,

@@ -2,7 +2,7 @@
 
 The sum runs over rows, so that groups cut the *depth* of the matmul. Copies start at multiples of 8 rows (TMA into
 tiles); foreign rows at both ends are set to zero in shared memory, in `grad` always and in `lhs` where they could hold
-NaN.
+NaN. Extents are about rows too: those that reach a tile's columns; the caller sets the columns beyond to zero.
 Blocks, warpgroups and the ring of buffers are as `block.py` has them.
 """
 
@@ -126,6 +126,7 @@ def _kernel(
         """The row after the last that counts in the tile's columns (of warpgroup `which` along N).
 
         With extents an expert's groups stand in the order of falling extents: the rows that reach a column come first.
+        Those that reach the first of these columns count in all of them, with zeros where they reach no further.
         """
         expert, start, ik, jn = where
         column = ik * bk if axis == "k" else jn * bn + which * wn
@@ -215,14 +216,13 @@ def _kernel(
                     ref[...] = jnp.where(keep, ref[...], jnp.zeros((), ref.dtype))
 
                 def clear_lhs(at, row):
-                    """Rows of lhs that may hold NaN: the tail; for "k" also foreign rows, cut at another extent."""
-                    low, high = (0, last_valid) if axis != "k" else (start, end)
+                    """Rows of lhs that may hold NaN: the tail."""
 
-                    @pl.when((row < low) | (row + BLOCK_ROWS > high))
+                    @pl.when(row + BLOCK_ROWS > last_valid)
                     def _():
                         # Both warpgroups read lhs: each clears its half, then they wait for one another.
                         half = pl.ds(wg * (bk // CONSUMERS), bk // CONSUMERS)
-                        clear(a_smem.at[at, :, half], row, low, high)
+                        clear(a_smem.at[at, :, half], row, 0, last_valid)
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(meet)
                         plgpu.barrier_wait(meet)
@@ -287,7 +287,11 @@ def _kernel(
 
 
 def outer(lhs: Array, grad: Array, spans: Spans, *, experts: int, dtype: jnp.dtype, config: Config) -> Array:
-    """[E, K, N]; extents limit the side that `spans` names."""
+    """[E, K, N]; extents limit the side that `spans` names.
+
+    There the columns from a row's extent on must hold zeros: a tile is wider than a block of extents, and a row whose
+    extent ends within a warpgroup's part of it is summed there with all of its columns.
+    """
     sizes, extents = spans.group_sizes.astype(jnp.int32), spans.extents
     total = jnp.minimum(jnp.sum(sizes, keepdims=True), lhs.shape[0])
     bk, bn, stages = config.block_k, config.block_n, config.stages
