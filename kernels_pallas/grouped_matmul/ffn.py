@@ -83,6 +83,14 @@ def einsum(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, precision=precision(a.dtype), preferred_element_type=accumulator(a.dtype))
 
 
+def group_sums(rows: Float[Array, "P N"], group_sizes: Int[Array, "G"], experts: int) -> Float[Array, "E N"]:
+    """Sum of each expert's rows, in float32: a matmul with the groups' one-hot rows, so deterministic."""
+    start, end = groups.bounds(groups.per_expert(group_sizes, experts), rows.shape[0])
+    row = jnp.arange(rows.shape[0])[:, None]
+    mine = (row >= start) & (row < end)
+    return einsum("pe,pn->en", mine.astype(rows.dtype), groups.zero_tail(rows, end))
+
+
 def clamped_swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
     """``g sigmoid(1.702 g) (u + 1)`` with ``g = min(gate, 7)`` and ``u`` = up within [-7, 7] (gpt-oss, 2508.10925)."""
     gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.gather_rows.api import gather_rows
 from kernels_pallas.grouped_matmul import groups
 from kernels_pallas.grouped_matmul.api import GROUPED_MATMUL, grouped_matmul
-from kernels_pallas.grouped_matmul.ffn import Activation, Hidden, Weights, accumulator, activate, einsum
+from kernels_pallas.grouped_matmul.ffn import Activation, Hidden, Weights, accumulator, activate, group_sums
 from kernels_pallas.grouped_matmul.mosaic_gpu.backend import Kernels
 from kernels_pallas.moe_ffn.plan import Plan, make_plan
 
@@ -61,14 +61,6 @@ def combine(
     return sum(terms[1:], terms[0]).astype(ys.dtype)
 
 
-def group_sums(rows: Float[Array, "P N"], group_sizes: Int[Array, "E"]) -> Float[Array, "E N"]:
-    """Sum of each group's rows, in float32: a matmul with the groups' one-hot rows, so deterministic."""
-    start, end = groups.bounds(group_sizes, rows.shape[0])
-    row = jnp.arange(rows.shape[0])[:, None]
-    mine = (row >= start) & (row < end)
-    return einsum("pe,pn->en", mine.astype(rows.dtype), groups.zero_tail(rows, end))
-
-
 def _take(x: Array, index: Array) -> Array:
     return x.at[index].get(mode="fill", fill_value=0)
 
@@ -94,7 +86,7 @@ class Primitives(NamedTuple):
             dgate @ gate^T + dup @ up^T.
         gather: `(x[T,D], plan) -> [P,D]`.
         combine: `(ys[P,D], row_of_pair[T,K], weight[T,K] | None) -> [T,D]`.
-        group_sums: `(rows[P,N], group_sizes) -> [E,N]`; called for gradients of biases only.
+        group_sums: `(rows[P,N], group_sizes, experts) -> [E,N]`; called for gradients of biases only.
     """
 
     up: Callable[..., tuple[Array, Hidden | None]]
@@ -104,7 +96,7 @@ class Primitives(NamedTuple):
     up_input_gradient: Callable[[Array | None, Array, Weights, Array], Array]
     gather: Callable[[Array, Plan], Array] = gather
     combine: Callable[[Array, Array, Array | None], Array] = combine
-    group_sums: Callable[[Array, Array], Array] = group_sums
+    group_sums: Callable[[Array, Array, int], Array] = group_sums
 
 
 def layer(p: Primitives) -> Callable[..., Array]:
@@ -143,7 +135,9 @@ def layer(p: Primitives) -> Callable[..., Array]:
         )
 
         def bias_gradient(bias: Array | None, rows: Array | None) -> Array | None:
-            return None if bias is None or rows is None else p.group_sums(rows, sizes).astype(bias.dtype)
+            if bias is None or rows is None:
+                return None
+            return p.group_sums(rows, sizes, bias.shape[0]).astype(bias.dtype)
 
         down_rows = None
         if params.down_bias is not None:

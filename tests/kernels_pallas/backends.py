@@ -180,14 +180,14 @@ def check_matmul(implementation, shape, sizes, *, dtype="float32", transpose_rhs
         oracle.check(name, a, expected[name], tolerance)
 
 
-def compare_ffn(actual, expected, tolerance):
-    """What `ffn_and_gradients` gives against `oracle.ffn`."""
+def compare_ffn(actual, expected, tolerance, of_gradients=None):
+    """What `ffn_and_gradients` gives against `oracle.ffn`; `of_gradients`: their tolerance, if another."""
     ys, (dxs, dw, drow_weights) = actual
     found = {"ys": ys, "dxs": dxs, "drow_weights": drow_weights, **{f"d{n}": a for n, a in dw._asdict().items()}}
     found = {name: a for name, a in found.items() if a is not None}
     assert found.keys() == expected.keys()
     for name, a in found.items():
-        oracle.check(name, a, expected[name], tolerance)
+        oracle.check(name, a, expected[name], tolerance if name == "ys" else of_gradients or tolerance)
 
 
 def check_ffn(
@@ -211,4 +211,7 @@ def check_ffn(
     assert all(a.dtype == dtype for a in jax.tree.leaves((ys, dxs, dw)))
     assert drow_weights is None or drow_weights.dtype == rows.dtype
     expected = oracle.ffn(xs, weights, sizes, dy, activation, extents=extents, row_weights=rows)
-    compare_ffn(actual, expected, tolerance)
+    # Which pre-activations are beyond the clamp's bounds is said of those that are kept, and bfloat16 moves 1 in 1000 of
+    # them over a bound, where the gradient jumps: 3 % of its norm.
+    jumps = activation == "swiglu_clamped" and dtype == jnp.bfloat16
+    compare_ffn(actual, expected, tolerance, 5e-2 if jumps else None)

@@ -57,17 +57,20 @@ def product_of_pairs(
     transpose_rhs: bool,
     extent_axis: ExtentAxis,
     dtype: jnp.dtype,
+    bias: Float[Array, "E N"] | None = None,
     config: rows.Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "P N"]:
-    """out = sum over pairs of lhs @ rhs[expert], as `rows.product`, with tuned tiles."""
-    pairs, group_sizes, extents = _same_axes((pairs, group_sizes, extents))
+    """out = sum over pairs of lhs @ rhs[expert] + bias[expert], as `rows.product`, with tuned tiles."""
+    pairs, group_sizes, extents, bias = _same_axes((pairs, group_sizes, extents, bias))
     (num_rows, k), experts = pairs[0][0].shape, pairs[0][1].shape[0]
     n = pairs[0][1].shape[1 if transpose_rhs else 2]
     cut = extents is not None and extent_axis == "n"
     config = config or tuning.for_rows(num_rows, experts, k, n, transpose_rhs, cut_columns=cut)
     spans = rows.Spans(group_sizes, extents, extent_axis)
-    return rows.product(pairs, spans, transpose_rhs=transpose_rhs, dtype=dtype, config=config, interpret=interpret)
+    return rows.product(
+        pairs, spans, transpose_rhs=transpose_rhs, dtype=dtype, config=config, interpret=interpret, bias=bias
+    )
 
 
 def product(lhs: Array, rhs: Array, group_sizes: Array, extents: Array | None, **options: Any) -> Array:
@@ -113,6 +116,16 @@ def outer_of_cut(
     config = config or tuning.for_outer(lhs.shape[0], experts, lhs.shape[1], grad.shape[1])
     spans = rows.Spans(group_sizes, extents, extent_axis)
     return outer_kernel.outer(lhs, grad, spans, experts=experts, dtype=dtype, config=config)
+
+
+def _both_or_none(params: Weights) -> tuple[Array, Array] | tuple[()]:
+    """The biases of gate and up, zeros for one that is missing; neither if both are."""
+    found = params.gate_bias, params.up_bias
+    if all(bias is None for bias in found):
+        return ()
+    shape, dtype = (params.up.shape[0], params.up.shape[2]), params.up.dtype
+    gate, up = (jnp.zeros(shape, dtype) if bias is None else bias for bias in found)
+    return gate, up
 
 
 class Kernels:
@@ -171,10 +184,19 @@ class Kernels:
         dx = self.up_input_gradient(dgate, dup, weights, group_sizes, extents)
         experts = weights.up.shape[0]
         make = functools.partial(outer_of_cut, experts=experts, dtype=xs.dtype)
+
+        def sums(grad: Array | None, bias: Array | None) -> Array | None:
+            if grad is None or bias is None:
+                return None
+            return ffn.group_sums(grad, group_sizes, experts).astype(bias.dtype)
+
         grads = Weights(
             gate=None if dgate is None else make(xs, dgate, group_sizes, extents, extent_axis="n"),
             up=make(xs, dup, group_sizes, extents, extent_axis="n"),
             down=make(h, dy, group_sizes, extents, extent_axis="k"),
+            gate_bias=sums(dgate, weights.gate_bias),
+            up_bias=sums(dup, weights.up_bias),
+            down_bias=sums(dy, weights.down_bias),
         )
         return dx, None, jax.tree.map(_sum_like, grads, weights), None
 
@@ -192,10 +214,13 @@ class Kernels:
     ) -> tuple[Float[Array, "P F"], Hidden | None]:
         """h and, if asked, the pre-activations, which are not written otherwise."""
         if params.gate is None:
-            up = self.product(xs, params.up, group_sizes, extents, transpose_rhs=False, extent_axis="n", dtype=xs.dtype)
+            options = {"transpose_rhs": False, "extent_axis": "n", "dtype": xs.dtype, "bias": params.up_bias}
+            up = self.product(xs, params.up, group_sizes, extents, **options)
             h = ffn.activate(activation, Hidden(None, up.astype(jnp.float32))).astype(xs.dtype)
             return h, Hidden(None, up) if save else None
-        xs, gate, up, group_sizes, extents = _same_axes((xs, params.gate, params.up, group_sizes, extents))
+        biases = _both_or_none(params)
+        given = (xs, params.gate, params.up, group_sizes, extents, biases)
+        xs, gate, up, group_sizes, extents, biases = _same_axes(given)
         config = tuning.for_gated(xs.shape[0], *params.up.shape)
         h, *hidden = rows.gated_product(
             xs,
@@ -206,6 +231,7 @@ class Kernels:
             save=save,
             config=config,
             interpret=self.interpret,
+            biases=biases,
         )
         return h, Hidden(*hidden) if save else None
 
@@ -216,8 +242,9 @@ class Kernels:
         group_sizes: Int[Array, "G"],
         extents: Int[Array, "G"] | None = None,
     ) -> Float[Array, "P D"]:
-        """h @ down."""
-        return self.product(h, params.down, group_sizes, extents, transpose_rhs=False, extent_axis="k", dtype=h.dtype)
+        """h @ down + down_bias."""
+        options = {"transpose_rhs": False, "extent_axis": "k", "dtype": h.dtype, "bias": params.down_bias}
+        return self.product(h, params.down, group_sizes, extents, **options)
 
     def down_backward(
         self,
@@ -315,8 +342,6 @@ def refuse_ffn(xs, group_sizes, weights: Weights, activation, *, extents=None, r
 
 def refuse_weights(xs, weights: Weights, activation: Activation) -> str | None:
     """Why an FFN of these weights cannot run, on any device."""
-    if any(b is not None for b in (weights.gate_bias, weights.up_bias, weights.down_bias)):
-        return "has no biases yet"
     if activation in GATED and activation not in rows.GATED:
         return f"its kernel applies {' or '.join(rows.GATED)} to gate and up, not {activation}"
     if (weights.gate is not None) != (activation in GATED):

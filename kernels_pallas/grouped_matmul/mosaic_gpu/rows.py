@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import groups
+from kernels_pallas.grouped_matmul.ffn import CLAMP, SLOPE
 from kernels_pallas.grouped_matmul.groups import ExtentAxis
 from kernels_pallas.grouped_matmul.mosaic_gpu import schedule
 from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
@@ -42,7 +43,8 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
 )
 
 BLOCK_K = 64
-NOTE = 4  # words of a note: first row, rows of it that are the group's, first column in units, depth
+NOTE = 4  # words of a note: first row, rows of it that are the group's, first column in units, depth; with biases the
+# expert too, before the depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +118,21 @@ def _store_rows(staged: Any, out: Any, row: Any, column: Any, count: Any, rows: 
         power //= 2
 
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "swiglu_clamped")
 """What :func:`gated` knows."""
 
 
 def gated(activation: str, gate: Float[Array, "R F"], up: Float[Array, "R F"]) -> Float[Array, "R F"]:
-    """silu(gate) * up or gelu(gate) * up (tanh form), in operations that the kernel's compiler knows.
+    """silu(gate) * up, gelu(gate) * up (tanh form), or `ffn.clamped_swiglu`, in operations that the kernel's compiler
+    knows.
 
     The tensor cores rest meanwhile, so no division: 1 / y is rsqrt(y) squared, one instruction and a product.
     """
     if activation == "swiglu":
         inner = gate
+    elif activation == "swiglu_clamped":
+        gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP) + 1
+        inner = SLOPE * gate
     else:
         inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 0.5 (1 + tanh(z / 2)) = 1 / (1 + exp(-z))
     root = lax.rsqrt(1 + jnp.exp(-inner))
@@ -140,13 +146,14 @@ def _kernel(
     grid: schedule.Grid,
     config: Config,
     operands: int,
+    biased: int,
     outputs: int,
     transpose_rhs: bool,
     activation: str | None,
     interpret: bool,
 ) -> None:
     lhs, rhs = refs[:operands], refs[operands : 2 * operands] if activation is None else refs[operands : operands + 2]
-    outs = refs[-8 - outputs : -8]
+    biases, outs = refs[-8 - outputs - biased : -8 - outputs], refs[-8 - outputs : -8]
     a_smem, b_smem, stage, full, empty, *notes = refs[-8:]
     a_in, a_smem = (a_smem, a_smem) if interpret else a_smem
     staged_out, staged = (stage, stage) if interpret else stage
@@ -162,8 +169,8 @@ def _kernel(
         def tile(group, tile, carry):
             number, step = carry
             row, column, depth = tile.row, tile.column * grid.unit, tile.depth
-            announce(notes, number, row, tile.count, tile.column, depth)
             expert = lax.div(group, jnp.int32(grid.parts))
+            announce(notes, number, row, tile.count, tile.column, *([expert] if biased else []), depth)
 
             def fetch(shares_rhs, pair, k, step):
                 at = claim(empty, step, stages)
@@ -224,7 +231,7 @@ def _kernel(
 
         def tile(note, hear, carry):
             step, held = carry
-            row, count, column, depth = note
+            row, count, column, *expert, depth = note
             column, depth = column * grid.unit, depth * operands
             if tall:
                 row, count = row + wg * wm, jnp.clip(count - wg * wm, 0, wm)
@@ -260,6 +267,10 @@ def _kernel(
                 plgpu.wgmma_wait(0)
                 release_last(empty, after, stages, depth > 0)
                 values = [acc[...] for acc in accs]
+                for i, bias in enumerate(biases):  # read here: before, there are no registers for it
+                    ours = bias.at[expert[0], pl.ds(column, shape[1])]
+                    added = plgpu.load(ours, optimized=False).astype(jnp.float32)
+                    values[i] = values[i] + lax.broadcast_in_dim(added, shape, (1,))
                 if activation is not None:
                     values = [gated(activation, *values), *values][:outputs]
                 values = [value.astype(out.dtype) for value, out in zip(values, outs, strict=True)]
@@ -290,8 +301,10 @@ def product(
     dtype: jnp.dtype,
     config: Config,
     interpret: bool,
+    bias: Float[Array, "E N"] | None = None,
 ) -> Float[Array, "P N"]:
-    """out[row] = sum over pairs of lhs[row] @ rhs[expert of the row]; rows in no group are not written.
+    """out[row] = sum over pairs of lhs[row] @ rhs[expert of the row], plus the expert's bias; rows in no group are not
+    written.
 
     All pairs have the same shapes: one kernel, one accumulator, no sum of intermediate results in memory.
     """
@@ -300,7 +313,8 @@ def product(
     b_tile = (config.block_n, BLOCK_K) if transpose_rhs else (BLOCK_K, config.block_n)
     out = jax.ShapeDtypeStruct((lhs[0].shape[0], columns), dtype)
     options = {"transpose_rhs": transpose_rhs, "activation": None}
-    return _call(lhs, rhs, spans, [out], config.block_n, b_tile, 2, config, interpret, **options)[0]
+    biases = () if bias is None else (bias,)
+    return _call(lhs, rhs, biases, spans, [out], config.block_n, b_tile, 2, config, interpret, **options)[0]
 
 
 def gated_product(
@@ -313,15 +327,17 @@ def gated_product(
     save: bool,
     config: Config,
     interpret: bool,
+    biases: tuple[Float[Array, "E F"], Float[Array, "E F"]] | tuple[()] = (),
 ) -> list[Float[Array, "P F"]]:
-    """[act(lhs @ gate) * (lhs @ up)] and, if `save`, both products; a tile is block_n / 2 columns of each."""
+    """[act(lhs @ gate) * (lhs @ up)] and, if `save`, both products; a tile is block_n / 2 columns of each. Biases, of
+    gate and up, are added to the products."""
     outs = [jax.ShapeDtypeStruct((lhs.shape[0], up.shape[2]), lhs.dtype)] * (3 if save else 1)
     options = {"transpose_rhs": False, "activation": activation}
     width = config.block_n // 2
-    return _call((lhs,), (gate, up), spans, outs, width, (2, BLOCK_K, width), 3, config, interpret, **options)
+    return _call((lhs,), (gate, up), biases, spans, outs, width, (2, BLOCK_K, width), 3, config, interpret, **options)
 
 
-def _call(lhs, rhs, spans, outs, width, b_tile, copies, config, interpret, **options) -> list[Array]:
+def _call(lhs, rhs, biases, spans, outs, width, b_tile, copies, config, interpret, **options) -> list[Array]:
     cell = SWIZZLE // jnp.dtype(outs[0].dtype).itemsize
     sizes, extents = spans.group_sizes, spans.extents
     grid = schedule.Grid(
@@ -338,6 +354,9 @@ def _call(lhs, rhs, spans, outs, width, b_tile, copies, config, interpret, **opt
         parts=sizes.shape[0] // rhs[0].shape[0],
     )
     options |= {"grid": grid, "config": config, "operands": len(lhs), "outputs": len(outs), "interpret": interpret}
+    options |= {"biased": len(biases)}
+    # The last tile's columns may stick out; unlike a copy's, a load's must be there.
+    biases = [jnp.pad(bias, ((0, 0), (0, width))) for bias in biases]
     kernel = plgpu.kernel(
         functools.partial(_kernel, **options),
         out_type=list(outs),
@@ -347,12 +366,12 @@ def _call(lhs, rhs, spans, outs, width, b_tile, copies, config, interpret, **opt
             two_views((CONSUMERS, config.cells, 64, cell), outs[0].dtype, interpret),
             plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
             free_slots(config),
-            *notebook(NOTE),
+            *notebook(NOTE + bool(biases)),
         ],
         kernel_name="grouped_matmul" if options["activation"] is None else "grouped_gate_up",  # in a profile
         **launch(config, barriers=False, approximate=options["activation"] is not None),
     )
     sizes = sizes.astype(jnp.int32)
-    operands = (sizes, sizes if extents is None else extents.astype(jnp.int32), *lhs, *rhs)
+    operands = (sizes, sizes if extents is None else extents.astype(jnp.int32), *lhs, *rhs, *biases)
     # A kernel does not pass on over which mesh axes its operands vary.
     return [groups.vary(out, *operands) for out in kernel(*operands)]
