@@ -574,7 +574,8 @@ def test_refusals_of_a_grouped_matmul(monkeypatch, p, k, options, reason):
     assert told is None if reason is None else reason in told
 
 
-def test_lowers_inside_shard_map(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("biased", [False, True])
+def test_lowers_inside_shard_map(monkeypatch: pytest.MonkeyPatch, biased):
     """Results vary over the mesh axes of the operands, so that the checks of varying axes pass."""
     from jax.sharding import AxisType, PartitionSpec
 
@@ -590,6 +591,7 @@ def test_lowers_inside_shard_map(monkeypatch: pytest.MonkeyPatch):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     sharded = jax.shard_map(run, mesh=mesh, in_specs=(data, whole, data), out_specs=(data, data, whole))
     matrix = jnp.zeros((4, 128, 128), jnp.bfloat16)
-    arguments = jnp.zeros((256, 128), jnp.bfloat16), Weights(matrix, matrix, matrix), jnp.full(4, 64, jnp.int32)
+    weights = Weights(matrix, matrix, matrix, *([matrix[:, 0]] * 3 if biased else []))
+    arguments = jnp.zeros((256, 128), jnp.bfloat16), weights, jnp.full(4, 64, jnp.int32)
     text = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
