@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import session
-from moejax import importers, plan, pretrained
+from moejax import importers, plan, pretrained, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash, from_mapping
 from moejax.plan import text
 
@@ -57,6 +57,7 @@ def command(values: flags.FlagValues) -> int:
     problems = plan.problems(config, mesh) if min(mesh.data, mesh.expert, mesh.model) > 0 else []
     try:
         session.read_config(values.config)
+        validate.check(config)
     except ConfigError as error:
         if not any(str(error).startswith(p.field.removeprefix("model.")) for p in problems):
             _report([*(str(p) for p in problems), str(error)])

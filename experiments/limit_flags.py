@@ -31,6 +31,8 @@ def given(values: flags.FlagValues, model: ModelConfig, name: str = "limit") -> 
     """
     made: list[Limit] = []
     texts: list[str] = values[name].value or []
+    if OWN in texts and not limits.of_config(model.moe):
+        raise ConfigError(f"--{name}={OWN}: the checkpoint's config has no limit; name one, or leave the flag out")
     for text in texts:
         made += limits.of_config(model.moe) if text == OWN else [limits.parse(text)]
     if values.limit_decode and not made:

@@ -131,7 +131,10 @@ def command(values: flags.FlagValues) -> int:
         words = " ".join([f"--workdir={values.output}", *fields])
         session.say(f"with the optimizer's state: the run's own command goes on with {words}")
     else:
-        session.say(f"weights alone: train them with --config.init_from={values.output} --config.model_from=init_from")
+        session.say(
+            "weights alone: train them with python -m experiments.run "
+            f"--config=configs/pretrained.py:{values.output} --config.train.steps=N --workdir=DIR"
+        )
     return 0
 
 

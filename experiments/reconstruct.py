@@ -42,21 +42,28 @@ LISTED = 8
 
 
 def held_back(batches: Iterator[Batch], judging: list[Batch]) -> Iterator[Batch]:
-    """``batches`` without those that go to ``judging``: one in :data:`JUDGED`, of fewer the last. A single batch is
-    both."""
-    last = None
+    """``batches``, of one domain, without those that go to ``judging``: one in :data:`JUDGED`, of fewer the last. A
+    single batch is both."""
+    last, judged = None, False  # whether one of these judges; others may be in the list
     for i, batch in enumerate(batches):
         if last is not None:
             yield last
         last = None if i % JUDGED == JUDGED - 1 else batch
         if last is None:
             judging.append(batch)
+            judged = True
         only = i == 0
     if last is not None:
-        if judging or only:
+        if judged or only:
             yield last
-        if not judging:
+        if not judged:
             judging.append(last)
+
+
+def held_back_of_each(streams: list[Iterator[Batch]], judging: list[Batch]) -> Iterator[Batch]:
+    """:func:`held_back` domain by domain, a batch of each after the other: of all of them in a row, how many domains
+    there are and in which order would say which of them judge."""
+    return in_turn([held_back(stream, judging) for stream in streams])
 
 
 def told(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -97,7 +104,7 @@ def measured(values: flags.FlagValues, config: ExperimentConfig, columns: int) -
     cut = f"at most {values.tokens:,} tokens of each of" if values.tokens else "all of"
     session.say(f"measuring neurons on {cut} {', '.join(domains)} ({text}), without limits")
     judging: list[Batch] = []
-    made = importance.measure(model, held_back(told(in_turn(streams)), judging), mesh)
+    made = importance.measure(model, told(held_back_of_each(streams, judging)), mesh)
     tokens = sum(int(batch["mask"].sum()) for batch in judging)
     session.say(f"{made.tokens:,} tokens; judging {len(METRICS)} metrics on {tokens:,} others")
     orders = made.orders()

@@ -155,7 +155,11 @@ def run_command(
     """
     begin = time.monotonic()
     seeds = config.table.seeds or (config.train.seed,)
-    config = session.with_seed(pretrained.adopt(config), seeds[0])  # the workdir's own run; the others lie under seeds/
+    adopted = pretrained.adopt(config)
+    validate.check(adopted)
+    if (lost := pretrained.limits_left_out(config)) is not None:
+        say(f"note: {config.init_from} has limits that are not in force here: {lost} puts them there")
+    config = session.with_seed(adopted, seeds[0])  # the workdir's own run; the others lie under seeds/
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.token_shards(mesh)
     validate.check_devices(config, shards)

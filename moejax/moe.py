@@ -86,7 +86,8 @@ class MoELayer(nnx.Module):
         config, router, fam = self.config, self.router.config, self.router.family
         zero_experts, weigh_input = config.zero_experts, config.weigh == "input"
         dispatcher = dispatch.in_force(config)
-        virtual = config.virtual_ranks
+        # Limits, draws, and experts that choose see ranks. Without these the tokens need not divide by them.
+        virtual = config.virtual_ranks if chosen or ctx.key is not None or not fam.causal else 1
         tokens = dataclasses.replace(ctx, key=None, loads=None, local_experts=None)
 
         def on_shard(z: Array, tokens: RouteContext, whole: tuple) -> tuple[InFlight, Routing]:

@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from moejax import checkpoint, importers
+from moejax import checkpoint, importers, limits
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, MoEConfig, from_mapping, to_dict
 from moejax.data import load_tokenizer
 from moejax.model import Decoder, build, moe_layer_ids
@@ -98,6 +98,20 @@ def adopt(config: ExperimentConfig) -> ExperimentConfig:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
     check_model(config.model)
     return config
+
+
+def limits_left_out(config: ExperimentConfig) -> str | None:
+    """The flag that would put the limits of the weights that ``config`` begins from in force, if they have some and
+    ``config``, which takes its model from them, has none. None: nothing is left out."""
+    if config.model_from != "init_from" or limits.of_config(config.model.moe):
+        return None
+    theirs = stored_config(config.init_from).model.moe
+    if not limits.of_config(theirs):
+        return None
+    if theirs.capacity_limits:
+        return f'"--config.model.moe.capacity_limits={tuple(theirs.capacity_limits)!r}"'
+    order = f" --config.model.moe.capacity_order={theirs.capacity_order}"
+    return f"--config.model.moe.capacity_factor={theirs.capacity_factor:g}{order}"
 
 
 def stored_config(path: str | Path) -> ExperimentConfig:

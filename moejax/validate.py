@@ -28,8 +28,13 @@ MODEL_AT_LEAST = {
 
 
 def check(config: ExperimentConfig) -> None:
-    """Raises ConfigError with the field, the value, the rule and a way out."""
-    check_model(config.model)
+    """Raises ConfigError with the field, the value, the rule and a way out.
+
+    With ``model_from="init_from"`` the model is not known yet (:func:`moejax.pretrained.adopt`): nothing is said of it.
+    """
+    known = config.model_from != "init_from"
+    if known:
+        check_model(config.model)
     train = config.train
     _ranges(config, AT_LEAST, "")
     if not 0 < train.learning_rate < float("inf"):
@@ -60,9 +65,8 @@ def check(config: ExperimentConfig) -> None:
     if config.data.seq_len < 2:
         raise ConfigError(f"data.seq_len={config.data.seq_len}: must be 2 or more")
     moe = config.model.moe
-    if has_experts(config.model):
+    if known and has_experts(config.model):
         _check_real_ranks(config)
-    if has_experts(config.model):
         _check_divides(moe, f"mesh axis 'expert'={config.mesh.expert}", config.mesh.expert)
         if moe.dispatcher == "ep":
             limits.check_ranks(limits.of_config(moe), moe, config.mesh.expert)

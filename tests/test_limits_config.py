@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from experiments import limit_flags, session
 from moejax import decode, limits, model, replay, validate
@@ -183,6 +184,16 @@ def test_flags_of_a_command(capsys: pytest.CaptureFixture[str]):
         assert flags_of(*arguments) == "" and why in capsys.readouterr().err
     flags_of("--limit=expanded_drop:factor=1")
     assert "Expanded Drop is expert choice then" in capsys.readouterr().err
+
+
+def test_the_limit_of_a_config_that_has_none_is_refused():
+    """Else a dropless model would be taken for a limited one."""
+    values = flags.FlagValues()
+    limit_flags.define_flags(values)
+    values(["command", "--limit=config"])
+    with pytest.raises(ConfigError, match="--limit=config: the checkpoint's config has no limit"):
+        limit_flags.given(values, small_model())
+    assert limit_flags.given(values, small_model(capacity_limits=("reroute:factor=1",)))
 
 
 # --- on a trace ---------------------------------------------------------------------------------------------

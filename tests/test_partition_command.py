@@ -185,7 +185,7 @@ def test_a_published_folder(tmp_path: Path, capfd):
     folder = importers_fakes.small_folder(tmp_path / "hf", "deepseek_v3", torch_dtype="float32", **one_layer)
     output = tmp_path / "split"
     assert command(f"--checkpoint={folder}", "--parts=2", "--form=complete", f"--output={output}") == 0
-    assert "weights alone: train them with --config.init_from" in capfd.readouterr().err
+    assert "weights alone: train them with python -m experiments.run --config=configs/pre" in capfd.readouterr().err
     close(logits_of(output), logits_of(folder))
     stored = pretrained.stored_config(output)
     assert stored.train.steps and stored.data.tokenizer == f"pretrained:{folder}" and not stored.init_from

@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from experiments import generate, logits, session
-from moejax import checkpoint, importers, metrics, pretrained
-from moejax.config import AttentionConfig, ConfigError, ExperimentConfig, ModelConfig, MoEConfig, RouterConfig
-from moejax.model import build
+from moejax import checkpoint, importers, metrics, pretrained, validate
+from moejax.config import (
+    AttentionConfig,
+    ConfigError,
+    ExperimentConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    TrainConfig,
+)
+from moejax.model import build, moe_layer_ids
 from tests.small import execute
 from tests.test_pretrained_tokenizer import byte_level
 from tests.test_pretrained_tokenizer import write as write_tokenizer
@@ -162,6 +170,38 @@ def test_choices_are_the_configs_and_the_rest_is_the_folders(folder: Path):
     assert config.model.compute_dtype == "bfloat16" and config.model.moe.capacity_factor == 1.5
     assert config.model.moe.implementation == "ref" and config.model.dim == MODEL.dim
     assert config.model.moe.router == MODEL.moe.router
+
+
+def test_what_is_said_of_a_model_that_is_not_known_yet_waits_for_it(folder: Path):
+    """Limits and ranks are held against the folder's model, and not against the one that stands in its place."""
+    asked = ModelConfig(moe=MoEConfig(capacity_limits=("token_drop:factor=1",), virtual_ranks=1))
+    config = ExperimentConfig(init_from=str(folder), model_from="init_from", train=TrainConfig(steps=0), model=asked)
+    layers = len(moe_layer_ids(config.model))
+    assert (layers, config.model.moe.num_experts) != (1, 4)  # the folder has one layer of four experts
+    for text in ("threshold_drop:threshold=0.2", "device_budget:factor=1,ranks=4", "expert_drop:experts=3"):
+        moe = dataclasses.replace(asked.moe, capacity_limits=(text,))
+        one = dataclasses.replace(config, model=dataclasses.replace(asked, moe=moe))
+        validate.check(one)
+        validate.check(pretrained.adopt(one))
+    for text in ("threshold_drop:threshold=" + "/".join(["0.2"] * (layers + 1)), "expert_drop:experts=4"):
+        moe = dataclasses.replace(asked.moe, capacity_limits=(text,))
+        one = dataclasses.replace(config, model=dataclasses.replace(asked, moe=moe))
+        validate.check(one)
+        with pytest.raises(ConfigError):
+            pretrained.adopt(one)
+
+
+def test_limits_that_stay_behind_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    config = ExperimentConfig(init_from=str(folder), model_from="init_from")
+    assert pretrained.limits_left_out(config) is None
+    text = "threshold_drop:threshold=0.2,gap=0.01"
+    theirs = ExperimentConfig(
+        model=dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, capacity_limits=(text,)))
+    )
+    monkeypatch.setattr(pretrained, "stored_config", lambda path: theirs)
+    assert pretrained.limits_left_out(config) == f"\"--config.model.moe.capacity_limits=('{text}',)\""
+    mine = dataclasses.replace(config, model=ModelConfig(moe=MoEConfig(capacity_factor=1.5)))
+    assert pretrained.limits_left_out(mine) is None and pretrained.limits_left_out(theirs) is None
 
 
 def run(module, *arguments: str) -> int:

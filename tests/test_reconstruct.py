@@ -306,3 +306,14 @@ def test_some_batches_judge_and_are_in_no_sum():
     assert kept(15) == (list(range(14)), [14])
     assert kept(16) == (list(range(15)), [15])
     assert kept(34) == ([i for i in range(34) if i not in (15, 31)], [15, 31])
+
+
+@pytest.mark.parametrize("domains", ["ab", "ba", "abcd", "badcfehg"])
+def test_every_domain_judges_whatever_their_number_and_order(domains: str):
+    for count in (3, 16, 40):
+        judging: list[Any] = []
+        streams = [iter([f"{name}{i}" for i in range(count)]) for name in domains]
+        summed = list(command.held_back_of_each(streams, judging))  # ty: ignore[invalid-argument-type]
+        places = [2] if count == 3 else [15] if count == 16 else [15, 31]
+        assert sorted(judging) == sorted(f"{name}{i}" for name in domains for i in places)
+        assert len(summed) == len(domains) * count - len(judging) and not set(summed) & set(judging)

@@ -104,6 +104,16 @@ def test_virtual_ranks_keep_the_pairs_of_real_ones(data, ranks, in_force):
     assert float(real[-1][1].added) > 0
 
 
+def test_tokens_need_not_divide_where_nothing_sees_ranks():
+    """As in decoding, one token at a time."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, fakes.DIM)), jnp.float32)
+    run = jax.jit(lambda layer, limit: layer(x, context(jnp.ones((1, 5), bool)), limit)[0], static_argnums=1)
+    some, one = (fakes.small_layer(virtual_ranks=ranks) for ranks in (4, 1))
+    np.testing.assert_array_equal(run(some, ()), run(one, ()))
+    with pytest.raises(ConfigError, match="virtual_ranks=4 does not divide the 5 tokens"):
+        some(x, context(jnp.ones((1, 5), bool)), (limits.token_drop(1.0),))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["noisy_topk", "expert_choice"])
 def test_routers_decide_on_virtual_ranks_too(name):
@@ -139,4 +149,4 @@ def test_one_virtual_rank_changes_nothing():
 def test_tokens_that_do_not_divide_are_refused():
     layer = fakes.small_layer(virtual_ranks=4)
     with pytest.raises(ConfigError, match=r"moe\.virtual_ranks=4 does not divide the 6 tokens"):
-        jax.eval_shape(lambda x: layer(x, context()), hidden()[:1])
+        jax.eval_shape(lambda x: layer(x, context(), ALL_LIMITS[:1]), hidden()[:1])

@@ -211,7 +211,7 @@ def check_ffn(
     assert all(a.dtype == dtype for a in jax.tree.leaves((ys, dxs, dw)))
     assert drow_weights is None or drow_weights.dtype == rows.dtype
     expected = oracle.ffn(xs, weights, sizes, dy, activation, extents=extents, row_weights=rows)
-    # Which pre-activations are beyond the clamp's bounds is said of those that are kept, and bfloat16 moves 1 in 1000 of
-    # them over a bound, where the gradient jumps: 3 % of its norm.
+    # Which pre-activations are beyond the clamp's bounds is said of those that are kept, and bfloat16 moves 1 in 1000
+    # of them over a bound, where the gradient jumps: 3 % of its norm.
     jumps = activation == "swiglu_clamped" and dtype == jnp.bfloat16
     compare_ffn(actual, expected, tolerance, 5e-2 if jumps else None)
