@@ -59,7 +59,8 @@ class StepMetrics:
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then cosine down to ``final_fraction`` of the peak at the last step."""
+    """Linear warm-up from 0 at the first step, then cosine down to ``final_fraction`` of the peak, which the step after
+    the last one would have (as optax counts: with warm-up the first step moves nothing)."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
