@@ -44,8 +44,9 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
         "family", None, "model_type to write. Default: the first that computes this model.", flag_values=values
     )
     flags.DEFINE_bool(
-        "dropless", False, "Leave out a capacity limit (moe.capacity_factor), which no family has.", flag_values=values
-    )
+        "dropless", False, "Leave out what drops pairs (moe.capacity_factor, moe.capacity_limits, "
+        "moe.ep_buffer_factor), which no family has.", flag_values=values,
+    )  # fmt: skip
 
 
 def command(values: flags.FlagValues) -> int:
@@ -55,18 +56,22 @@ def command(values: flags.FlagValues) -> int:
     output = Path(values.output).expanduser()
     importers.check_new(output)  # before minutes of reading
     model, config, _ = pretrained.open_model(values.checkpoint, compute_dtype=values.dtype, mtp=values.mtp)
-    written, limit = model.config, model.config.moe.capacity_factor
-    if limit and not values.dropless:
+    written, moe = model.config, model.config.moe
+    names = ["capacity_factor", "capacity_limits"] + ["ep_buffer_factor"] * (moe.dispatcher == "ep")
+    limits = [f"moe.{name}={value!r}" for name in names if (value := getattr(moe, name))]
+    if limits and not values.dropless:
         raise ConfigError(
-            f"moe.capacity_factor={limit} drops pairs, and no family does: --dropless writes the model without the "
-            "limit, which gives other logits wherever it drops"
+            f"{', '.join(limits)} drops pairs, and no family does: --dropless writes the model without the limit, "
+            "which gives other logits wherever it drops"
         )
     if written.moe.parts > 1:
         raise ConfigError(
             f"moe.parts={written.moe.parts}: no family stores an expert in parts; merge them first, with python -m "
             f"experiments.partition --checkpoint={values.checkpoint} --form=merge --output=DIR"
         )
-    written = dataclasses.replace(written, moe=dataclasses.replace(written.moe, capacity_factor=0.0))
+    written = dataclasses.replace(
+        written, moe=dataclasses.replace(moe, capacity_factor=0.0, capacity_limits=(), ep_buffer_factor=0.0)
+    )
     source = tokenizer_folder(config)
     scaled = written.attention.rope.scaling != "none"
     family = importers.write(

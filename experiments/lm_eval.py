@@ -28,8 +28,10 @@ from experiments.generate import tokenizer_of
 from moejax import decode
 from moejax.config import ConfigError, ModelConfig
 from moejax.evaluate.harness import GenerateFn, Harness, adapt
+from moejax.evaluate.requests import narrow_rows
 from moejax.evaluate.scoring import Batch, ScoreFn
 from moejax.model import Decoder
+from moejax.pretrained import context_length
 from moejax.pretrained import open_model as open_weights
 from moejax.results import write_atomically
 from moejax.train import token_nll
@@ -96,7 +98,8 @@ def open_harness(
     Args:
       checkpoint: workdir of a run, its checkpoints folder, one step folder, or a Hugging Face folder.
       dtype: of the computation; None: the config's.
-      max_length: tokens that the model sees at once; None: the sequence length of its training.
+      max_length: tokens that the model sees at once; None: the sequence length of its training, of a Hugging Face
+        folder its ``max_position_embeddings``.
       dropless: without the config's limits (capacity factor); generation is always so.
       limits: of the checkpoint's model, the limits in force instead.
       limit_steps: they act on the steps of generation too.
@@ -105,6 +108,7 @@ def open_harness(
     Raises:
       ConfigError: no checkpoint there, or its tokenizer is not what it was.
     """
+    max_length = max_length or context_length(checkpoint)  # raises before minutes of reading
     model, config, meta = open_weights(checkpoint, compute_dtype=dtype)
     tokenizer = tokenizer_of(config.data, meta.get("data", {}), model.config.vocab_size)
     size, in_force = tokenizer.vocab_size, limits(model.config)
@@ -112,7 +116,8 @@ def open_harness(
         score_fn(model, size, dropless=dropless, limits=in_force),
         generate_fn(model, size, in_force, limit_steps),
         tokenizer,
-        max_length or config.data.seq_len,
+        max_length,
+        short_length=narrow_rows(model.config.attention.rope),
         **options,
     )
     return (
@@ -134,7 +139,14 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_integer("num_fewshot", None, "Examples in the context. Default: the task's.", 0, flag_values=values)
     flags.DEFINE_integer("limit", None, "Documents of each task. Default: all.", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 8, "Requests of max_length tokens at a time.", 1, flag_values=values)
-    flags.DEFINE_integer("max_length", None, "Tokens seen at once. Default: as in training.", 1, flag_values=values)
+    flags.DEFINE_integer(
+        "max_length",
+        None,
+        "Tokens seen at once; longer contexts lose their left end, and how many did is told. Default: as in training; "
+        "of a Hugging Face folder its max_position_embeddings. Where memory ends, lower --batch_size, then this.",
+        1,
+        flag_values=values,
+    )
     flags.DEFINE_integer("max_gen_toks", 256, "Tokens to generate where a task says nothing.", 1, flag_values=values)
     flags.DEFINE_bool("add_bos_token", False, "Begin contexts with the end-of-text token.", flag_values=values)
     flags.DEFINE_bool("dropless", True, "Score without the model's own capacity limits.", flag_values=values)
@@ -206,12 +218,18 @@ def evaluate(harness: Harness, name: str, manager: Any, values: flags.FlagValues
     print(make_table(results))
     if "groups" in results:
         print(make_table(results, "groups"))
+    if harness.truncated:
+        session.say(
+            f"note: {harness.truncated:,} requests lost the left end of their context, to fit --max_length="
+            f"{harness.max_length}: they were not scored as the task has them; raise --max_length if the model reads "
+            "longer text, or lower --num_fewshot or --max_gen_toks"
+        )
     if values.output:
         settings = {n: values[n].value for n in ("add_bos_token", "dropless", "dtype", "num_fewshot", "limit")}
         if values.capacity_limit:
             settings |= {"capacity_limit": values.capacity_limit, "limit_decode": values.limit_decode}
         settings |= {"max_length": harness.max_length, "batch_size": harness.batch_size, "lm_eval": lm_eval.__version__}
-        table = {"model": name, "settings": settings} | results
+        table = {"model": name, "settings": settings, "truncated": harness.truncated} | results
         write_atomically(Path(values.output), json.dumps(table, indent=1, default=handle_non_serializable) + "\n")
         session.say(f"{values.output}: results of {name}")
 

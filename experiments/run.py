@@ -23,7 +23,7 @@ from experiments.training_rows import training_rows
 from moejax import checkpoint, count, metrics, pretrained, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash
 from moejax.data import Corpus, load_corpus, train_iterator
-from moejax.evaluate import evaluate_tasks, prepare
+from moejax.evaluate import evaluate_tasks, narrow_rows, prepare
 from moejax.loop import Run, check_origin, resolve_vocab
 from moejax.ngram import ngram_baseline
 from moejax.progress import show_load
@@ -81,6 +81,7 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
         corpus.tokenizer,
         batch_size=config.eval.batch_size,
         seq_len=config.data.seq_len,
+        short=narrow_rows(config.model.attention.rope),
     ):
         rows += [{k: row[k] for k in ("task", "metric", "value", "stderr", "n", "chance")} for row in task.rows]
         for row in task.rows:
@@ -180,7 +181,8 @@ def run_command(
     session.grouped_matmul_facts(config, shards)
     read_rows(workdir / "results.jsonl")  # a broken line is an error now, not after the training
     origin = session.begin_from(workdir, config)
-    if origin is not None and not checkpoint.steps_in(workdir / "checkpoints"):
+    begins = origin is not None and not checkpoint.steps_in(workdir / "checkpoints")
+    if begins:
         check_origin(origin, config, corpus)
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.open_workdir(workdir, config, corpus))
@@ -191,6 +193,8 @@ def run_command(
         facts = session.write_env(workdir, config, corpus, shards, origin)
         say(plan(config))
         epochs = ", ".join(f"{d} {e:.2f} epochs" for d, e in facts["data"]["epochs"].items() if config.train.steps)
+        if origin is not None and begins and lost is None:  # limits are all that can differ where some are left out
+            session.tell_changes(origin, config, say)
         say(f"data {corpus.hash}" + (f": {epochs}" if epochs else ""))
         say(f"experts on {facts['device']} by grouped_ffn back end {facts['grouped_matmul']['implementation']!r}")
         for line in session.exchange_line(facts["expert_parallelism"]):

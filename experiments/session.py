@@ -442,6 +442,12 @@ def begin_from(workdir: Path, config: ExperimentConfig) -> dict[str, Any] | None
     return pretrained.origin(config.init_from)
 
 
+def tell_changes(origin: dict[str, Any], config: ExperimentConfig, say: Callable[[str], None] = say) -> None:
+    """Says where the run's model computes another function than the checkpoint that it begins from did."""
+    if found := pretrained.changed(origin, config.model):
+        say(f"note: init_from: the checkpoint was trained with {'; with '.join(found)}")
+
+
 def keep_programs(corpus: Corpus) -> None:
     """Compiled programs are kept in the data cache, unless the user chose a place (``JAX_COMPILATION_CACHE_DIR``)."""
     if not jax.config.values["jax_compilation_cache_dir"]:

@@ -129,6 +129,32 @@ def stored_config(path: str | Path) -> ExperimentConfig:
     return from_mapping(ExperimentConfig, checkpoint.read_meta(checkpoint.locate(path)).get("config", {}))
 
 
+def context_length(path: str | Path) -> int:
+    """Tokens that the model under ``path`` is made for: the sequence length of its training, of a Hugging Face folder
+    (also one whose weights were rewritten and not trained since) what its config.json says.
+
+    Raises:
+      ConfigError: nothing there, or a folder that does not say.
+    """
+    path = Path(path).expanduser()
+    run = _evaluated(path)
+    if run is not None:
+        return context_length(run.init_from)
+    if importers.is_hugging_face(path):
+        length = importers.context_length(path)
+        if length is None:
+            raise ConfigError(
+                f"{path / importers.CONFIG} has no max_position_embeddings, so how much the model reads at once is not "
+                "known: give it, with --max_length=N"
+            )
+        return length
+    meta = checkpoint.read_meta(checkpoint.locate(path))
+    source = next((made.get("source", {}) for made in meta.get("made_by", [])), {})
+    if not meta.get("step") and source.get("format") == FORMAT and importers.is_hugging_face(source["folder"]):
+        return context_length(source["folder"])
+    return from_mapping(ExperimentConfig, meta.get("config", {})).data.seq_len
+
+
 def origin(path: str | Path) -> dict[str, Any]:
     """Where weights come from, as JSON values, for :func:`still`, :func:`check_fit` and :func:`parameters`.
 
@@ -189,6 +215,20 @@ def check_fit(known: Mapping[str, Any], config: ModelConfig) -> None:
             + (f"; and {len(different) - 8} more" if len(different) > 8 else "")
             + " (there, here). Set model_from='init_from' to take the model of those weights"
         )
+
+
+def changed(known: Mapping[str, Any], config: ModelConfig) -> list[str]:
+    """What makes ``config`` another function than the checkpoint of ours that :func:`origin` told of, whose weights fit
+    it: each field with both values. Reads no array. None for a Hugging Face folder, which :func:`check_fit` refuses."""
+    if known.get("format") == FORMAT:
+        return []
+    stored = checkpoint.read_meta(Path(known["folder"])).get("config", {})
+    try:
+        there = from_mapping(ExperimentConfig, stored).model if "model" in stored else config
+    except ConfigError as error:
+        return [f"a config that cannot be read here ({error}): what differs is not known"]
+    there = dataclasses.replace(there, vocab_size=config.vocab_size, mtp_layers=config.mtp_layers)
+    return [f"model.{name}={one!r}, here it is {two!r}" for name, one, two in importers.differing(there, config)]
 
 
 def parameters(known: Mapping[str, Any], params: Any, router_state: Any, *, mesh: Mesh, dtype: Dtype) -> tuple:

@@ -95,6 +95,27 @@ def test_batches_hold_each_request_once_in_few_shapes():
     assert [b["tokens"].shape for b, _ in request_batches(few, batch_size=4, seq_len=100)] == [(4, 100)]
 
 
+def test_a_bucket_that_short_requests_do_not_leave():
+    """LongRoPE: a request of up to ``short`` tokens is as if it were alone, whatever is beside it."""
+    lengths = (3, 20, 30, 31, 60, 100)
+    requests = [Request(np.arange(n + 1, dtype=np.int32), 1) for n in lengths]
+    width = {}
+    for batch, places in request_batches(requests, batch_size=4, seq_len=100, short=30):
+        width |= {lengths[index]: batch["tokens"].shape[1] for index, _ in places}
+    assert width == {3: 30, 20: 30, 30: 30, 31: 100, 60: 100, 100: 100}
+    seen = []
+
+    def score(batch):
+        seen.append(batch["tokens"].shape[1])
+        return bigram(batch)
+
+    task = task_of("last_word", ("a" * 70, ["b"], 0), ("a", ["b"], 0))
+    for short, widths in ((0, [100]), (30, [30, 100])):
+        seen.clear()
+        evaluate_tasks(score, [task], BYTE, batch_size=4, seq_len=100, short=short)
+        assert seen == widths
+
+
 def test_a_token_that_spans_the_boundary_belongs_to_the_continuation():
     tokenizer = MergingTokenizer()
     request = encode_request(tokenizer, "xa", "bc")

@@ -345,6 +345,44 @@ def test_fields_that_change_no_logit_do_not_stop_an_export() -> None:
     assert config_json.write_config(other, None, None) == config_json.write_config(config, None, None)
 
 
+def test_fields_of_expert_parallelism_change_no_logit_unless_pairs_are_lost() -> None:
+    config = read(SMALL["mixtral"])
+    plain = config_json.write_config(config, None, None)
+    free = {"dispatcher": "ep", "ep_exchange": "chunked", "ep_send": "pairs", "ep_chunks": 3, "virtual_ranks": 2}
+    assert config_json.write_config(changed_moe(config, **free), None, None) == plain
+    assert config_json.write_config(changed_moe(config, ep_buffer_factor=1.5), None, None) == plain  # no buffers
+    assert config_json.differing(changed_moe(config, **free), config) == []
+    with pytest.raises(ConfigError, match=r"model\.moe\.ep_buffer_factor=1\.5, 0\.0"):
+        config_json.write_config(changed_moe(config, dispatcher="ep", ep_buffer_factor=1.5), None, None)
+    for limit in ({"capacity_factor": 1.0}, {"capacity_limits": ("token_drop:factor=1",)}):
+        one = changed_moe(config, **limit)
+        assert config_json.differing(one, changed_moe(one, virtual_ranks=2)) == [("moe.virtual_ranks", 1, 2)]
+
+
+def changed_moe(config: ModelConfig, **fields: Any) -> ModelConfig:
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **fields))
+
+
+def test_what_makes_one_config_another_function() -> None:
+    there = read(SMALL["olmoe"])
+    here = changed(changed(there, "moe.router.k", 1), "attention.rope_theta", 5e5)
+    here = changed(changed(here, "activation", "geglu"), "moe.router.name", "softmax_of_topk")
+    for path, value in {"remat": "block", "moe.losses": (("z", 1.0),), "attention.implementation": "xla"}.items():
+        here = changed(here, path, value)
+    assert sorted(config_json.differing(there, here)) == [
+        ("activation", "swiglu", "geglu"),
+        ("attention.rope_theta", 10000.0, 5e5),
+        ("moe.router.k", 2, 1),
+        ("moe.router.name", "topk_of_softmax", "softmax_of_topk"),
+    ]
+    assert config_json.differing(there, there) == []
+    order = changed_moe(there, capacity_factor=1.0), changed_moe(there, capacity_factor=1.0, capacity_order="order")
+    assert config_json.differing(*order) == [("moe.capacity_order", "score", "order")]
+    # One choice in two words, of which each alone would be another: nothing to tell.
+    switch = changed(changed(there, "moe.router.k", 1), "moe.router.name", "switch")
+    assert config_json.differing(switch, changed(there, "moe.router.k", 1)) == []
+
+
 def test_words_for_one_router() -> None:
     """Switch and top-1 without renormalisation are one model; so are softmax of the top k and renormalised top k."""
     base = MoEConfig(num_experts=4, expert_dim=6)

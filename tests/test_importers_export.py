@@ -172,6 +172,39 @@ def test_a_capacity_is_left_out_on_request(tmp_path: Path, monkeypatch: pytest.M
     assert importers.read_config(tmp_path / "out").moe.capacity_factor == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"virtual_ranks": 2}, ""),
+        ({"dispatcher": "ep", "ep_exchange": "padded", "ep_send": "pairs", "ep_chunks": 3}, ""),
+        ({"dispatcher": "ep", "ep_buffer_factor": 1.5}, "moe.ep_buffer_factor=1.5 drops pairs"),
+        (
+            {"capacity_limits": ("token_drop:factor=1",), "virtual_ranks": 2},
+            "moe.capacity_limits=('token_drop:factor=1',)",
+        ),
+    ],
+    ids=["virtual ranks", "expert parallelism", "buffers", "limits"],
+)
+def test_what_changes_no_logit_is_exported(
+    changes: dict, refused: str, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = small_folder(tmp_path / "source")
+    model, config, meta = export.pretrained.open_model(source, compute_dtype="float32")
+    moe = dataclasses.replace(model.config.moe, **changes)
+    model = export.pretrained._with_config(model, dataclasses.replace(model.config, moe=moe))
+    monkeypatch.setattr(export.pretrained, "open_model", lambda *a, **k: (model, config, meta))
+    flags = [f"--checkpoint={source}", f"--output={tmp_path / 'out'}", "--dtype=float32"]
+    if refused:
+        assert execute(*flags) == 2 and refused in capfd.readouterr().err
+        flags.append("--dropless")
+    assert execute(*flags) == 0
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6) % 11
+    with quick_compilation():
+        again = importers.load(tmp_path / "out", dtype="float32")
+        logits = [jax.jit(lambda m: m(tokens, limits=()).logits)(m) for m in (model, again)]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
+
+
 PEAK = """
 import resource, sys
 import jax

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,32 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from experiments import lm_eval as program
 from experiments import session
+from moejax import derived, importers
 from moejax.checkpoint import Checkpoints, load_model
-from moejax.config import ConfigError, MeshConfig, to_dict
+from moejax.config import (
+    AttentionConfig,
+    ConfigError,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    RouterConfig,
+    to_dict,
+)
 from moejax.data import load_tokenizer
 from moejax.evaluate import harness as definitions
 from moejax.evaluate.harness import Harness
-from moejax.model import Decoder
+from moejax.model import Decoder, build
 from moejax.sharding import make_mesh
 from moejax.train import Trainer
 from tests.small import quick_compilation, small_config, small_model, start
+from tests.test_pretrained_tokenizer import byte_level
+from tests.test_pretrained_tokenizer import write as write_tokenizer
 
 LENGTH = 12  # tokens that the model sees at once
 EOT, IDS = 256, 257
@@ -370,6 +385,116 @@ def test_without_lm_eval_the_adapter_says_how_to_get_it(harness: Harness, monkey
         definitions.adapt(harness, "name")
 
 
+def test_how_many_requests_were_cut_is_told(
+    harness: Harness, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    fresh = dataclasses.replace(harness, generate=says(*ids("ab")))
+    fresh.loglikelihood([(context, continuation) for context, continuation, _, _ in PAIRS.values()])
+    assert fresh.truncated == sum(len(c + t) > LENGTH + 1 for c, t, _, _ in PAIRS.values() if c.isascii()) == 2
+    fresh.loglikelihood_rolling([("x" * 40,)])
+    assert fresh.truncated == 2  # windows lose nothing
+    fresh.generate_until([("x" * n, {"max_gen_toks": 2}) for n in (3, LENGTH - 2, LENGTH - 1)])
+    assert fresh.truncated == 3
+
+    lm_eval, api, utils = (types.ModuleType(name) for name in ("lm_eval", "lm_eval.api.model", "lm_eval.utils"))
+    api.LM = type("LM", (), {"cache_hook": types.SimpleNamespace(add_partial=lambda *args: None)})  # ty: ignore
+    asked = [types.SimpleNamespace(args=("x" * 30, "y")), types.SimpleNamespace(args=("x", "y"))]
+
+    def simple_evaluate(model: Any, **settings: Any) -> dict[str, Any]:
+        answers = model.loglikelihood(asked)
+        return {"results": {"scores": [value for value, _ in answers]}}
+
+    lm_eval.__version__, lm_eval.simple_evaluate = "0", simple_evaluate  # ty: ignore
+    utils.handle_non_serializable, utils.make_table = str, str  # ty: ignore
+    for module in (lm_eval, api, utils, types.ModuleType("lm_eval.api")):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    manager = types.SimpleNamespace(match_tasks=lambda names: names)
+    output, values = tmp_path / "out.json", flags.FlagValues()
+    program.define_flags(values)
+    values(["lm_eval", "--tasks=t", f"--output={output}"])
+    program.evaluate(dataclasses.replace(harness), "name", manager, values)
+    assert "note: 1 requests lost the left end of their context, to fit --max_length=12" in capsys.readouterr().err
+    assert json.loads(output.read_text())["truncated"] == 1
+    asked.pop(0)
+    program.evaluate(dataclasses.replace(harness), "name", manager, values)
+    assert "note:" not in capsys.readouterr().err and json.loads(output.read_text())["truncated"] == 0
+
+
+# --- Hugging Face folders ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_at_its_own_length(tmp_path: Path):
+    """Not at the 512 tokens of a trace: a context of 600 counts as a whole, also once the weights were rewritten."""
+    model = ModelConfig(
+        vocab_size=320, num_layers=1, dim=8, tie_embeddings=False, scale_embeddings=False, compute_dtype="float32",
+        attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=8, qk_norm=True, qk_norm_over="projection"),
+        moe=MoEConfig(num_experts=2, expert_dim=8, router=RouterConfig(k=1, renormalise=False), losses=()),
+        init_scale=3.0,
+    )  # fmt: skip
+    folder = tmp_path / "published"
+    importers.write(build(model, seed=1), model, folder, family="olmoe", context=700)
+    write_tokenizer(folder, byte_level(), generation_config={"eos_token_id": [0]})
+    rng = np.random.default_rng(0)
+    request = ("".join(rng.choice(list("abcdefgh "), 600)) + "a", "bc")
+    made = {}
+    for length in (None, 700, 512):
+        opened, _ = program.open_harness(folder, max_length=length, batch_size=1)
+        assert opened.max_length == (length or 700)
+        made[length] = opened.loglikelihood([request])[0][0]
+        assert opened.truncated == (length == 512)
+    assert made[None] == made[700] and abs(made[None] - made[512]) > 1e-4
+
+    source = derived.read(folder)
+    derived.write(tmp_path / "rewritten", source, source.config, source.arrays, {"command": "test"})
+    assert program.open_harness(tmp_path / "rewritten")[0].max_length == 700
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != "max_position_embeddings"}))
+    with pytest.raises(ConfigError, match=r"has no max_position_embeddings.*--max_length=N"):
+        program.open_harness(folder)
+
+
+def test_short_requests_of_a_model_of_long_text_are_not_padded_to_its_length(harness: Harness):
+    shapes = []
+
+    def score(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        shapes.append(batch["tokens"].shape)
+        return np.zeros(shapes[-1]), np.zeros(shapes[-1], bool)
+
+    wide = dataclasses.replace(harness, score=score, generate=says(*ids("ab")), max_length=131072, batch_size=2)
+    wide.loglikelihood([("x" * 50, "y")])
+    wide.loglikelihood([("x" * 50, "y"), ("x" * 5000, "y")])
+    wide.loglikelihood([("x" * 131072, "y")])
+    assert shapes == [(2, 2048), (2, 8192), (2, 131072)]
+    wide.generate_until([("x" * 50, {"max_gen_toks": 2})])
+    assert wide.generate.asked[-1][2] == 256  # ty: ignore[unresolved-attribute]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_longrope_takes_the_factors_that_a_request_has_alone(batch_size: int, monkeypatch: pytest.MonkeyPatch):
+    """They are chosen by the width of the batch: requests of up to original_length tokens stay in rows of that."""
+    rope = RopeConfig(
+        scaling="longrope", original_length=20, short_factor=(1.0,) * 4, long_factor=(1.0, 2.0, 4.0, 6.0),
+        long_mscale=1.2,
+    )  # fmt: skip
+    attention = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8, rope=rope)
+    moe = MoEConfig(num_experts=2, expert_dim=8, router=RouterConfig(k=1))
+    config = ModelConfig(
+        vocab_size=320, num_layers=1, dim=16, compute_dtype="float32", init_scale=3.0, attention=attention, moe=moe
+    )
+    model = build(config, 1)
+    short = [("a cat", " sat"), ("a", " b"), ("x" * 16, "more")]
+    long = [("x" * 17, "more"), ("x" * 50, " text")]
+    opened = model, ExperimentConfig(name="long", model=config), {"step": 1, "data": {"tokenizer": TOKENIZER.hash}}
+    monkeypatch.setattr(program, "open_weights", lambda *args, **settings: opened)
+    made = program.open_harness("runs/long", max_length=64, batch_size=batch_size)[0].loglikelihood(short + long)
+    for (context, continuation), (value, _) in zip(short + long, made, strict=True):
+        tokens = np.array([ids(context + continuation)])
+        logits = np.asarray(model(tokens[:, :-1], limits=()).logits[0], np.float64)
+        logprob = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        expected = sum(logprob[i - 1, tokens[0, i]] for i in range(len(context), tokens.shape[1]))
+        assert value == pytest.approx(expected, abs=1e-4), (context, continuation)
+
+
 TASK = """task: {name}
 dataset_path: json
 dataset_kwargs:
@@ -449,7 +574,9 @@ def test_lm_eval_itself(workdir: Path, model: Decoder, tmp_path: Path, monkeypat
     output = tmp_path / "out.json"
     tasks = ",".join(f"my_{kind}" for kind in KINDS)
     assert run(f"--checkpoint={workdir}", f"--tasks={tasks}", f"--include_path={tmp_path}", f"--output={output}") == 0
-    results = json.loads(output.read_text())["results"]
+    table = json.loads(output.read_text())
+    results = table["results"]
+    assert table["truncated"] == 0
 
     best = []
     for context, options in zip(contexts, choices, strict=True):

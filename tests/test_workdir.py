@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import experiments.run
 from experiments import session
 from moejax import checkpoint, metrics
 from moejax.checkpoint import store
@@ -234,8 +235,39 @@ def test_fine_tuning_from_a_folder(
         if name.startswith("params/"):
             np.testing.assert_allclose(arrays[name], array, rtol=1e-5)
     again = [*arguments, "--config.train.learning_rate=1e-30"]
+    assert "init_from: the checkpoint" not in capsys.readouterr().err
     assert execute(*again) == 0 and env(workdir)["init_from"] == expected
     assert "done before" in capsys.readouterr().err
+
+
+def test_a_model_that_is_another_function_of_the_same_weights_is_told(
+    finished: Path, workspace: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    """Once, each field with both values; what changes no function is not named, and nothing is refused."""
+    there = json.loads((finished / "config.json").read_text())["model"]
+    changes = {"moe.router.k": 1, "attention.rope_theta": 5e5, "remat": "block", "layer_loop": "unroll"}
+    given = [f"--config.model.{name}={value}" for name, value in changes.items()]
+    command = [
+        *arguments, *given, f"--workdir={workspace / 'other'}", f"--config.init_from={finished}",
+        "--config.train.steps=2",
+    ]  # fmt: skip
+    assert there["moe"]["router"]["k"] == 2 and execute(*command) == 0
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if "init_from: the checkpoint" in text)
+    theta = f"with model.attention.rope_theta={there['attention']['rope_theta']}, here it is 500000.0"
+    k = "with model.moe.router.k=2, here it is 1"
+    assert line == f"note: init_from: the checkpoint was trained {theta}; {k}"
+    assert execute(*command) == 0 and "init_from: the checkpoint" not in capsys.readouterr().err
+
+
+def test_tasks_of_a_model_with_longrope_have_rows_of_its_original_length(
+    workspace: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    monkeypatch.setattr(experiments.run, "evaluate_tasks", lambda *args, **how: seen.append(how["short"]) or [])
+    rope = {"scaling": "longrope", "original_length": 5, "short_factor": (1.0,) * 4, "long_factor": (2.0,) * 4}
+    given = [f"--config.model.attention.rope.{name}={value}" for name, value in rope.items()]
+    command = [*arguments, f"--workdir={workspace / 'long'}", "--config.train.steps=2"]
+    assert execute(*command, *given) == 0 and seen == [5]
 
 
 def test_a_run_keeps_to_the_weights_that_it_began_from(

@@ -9,7 +9,7 @@ the batch shape is part of the result.
 Axis letters: B batch, S sequence, V vocabulary.
 """
 
-from moejax.evaluate.requests import Request, bucket_lengths, encode_request, prepare, request_batches
+from moejax.evaluate.requests import Request, bucket_lengths, encode_request, narrow_rows, prepare, request_batches
 from moejax.evaluate.scoring import Batch, DomainScore, ScoreFn, Tokenizer, bits_per_byte
 from moejax.evaluate.task_score import Progress, TaskScore, evaluate_tasks
 
@@ -25,6 +25,7 @@ __all__ = [
     "bucket_lengths",
     "encode_request",
     "evaluate_tasks",
+    "narrow_rows",
     "prepare",
     "request_batches",
 ]

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from moejax.config import ConfigError
 from moejax.evaluate import scoring
-from moejax.evaluate.requests import Request, bucket_lengths, request_batches
+from moejax.evaluate.requests import Request, bucket_lengths, request_batches, window_of
 from moejax.evaluate.scoring import ScoreFn
 
 Tokens = list[int]
@@ -60,10 +60,13 @@ class Harness:
       generate: greedy continuations.
       tokenizer: of the model; its end-of-text token is what an empty context is replaced by.
       max_length: tokens that the model sees at once; longer contexts lose their left end.
-      batch_size: requests of ``max_length`` tokens at a time; of shorter ones more.
+      batch_size: requests of ``max_length`` tokens at a time (where that is above ``requests.WIDE``, of what the
+        longest of a call needs); of shorter ones more.
       add_bos_token: begins every non-empty context with the end-of-text token too, as training began every document.
       max_gen_toks: tokens to generate where the task does not say.
       done: told of each result as soon as it is there: question, the request's args, answer.
+      short_length: no request of up to so many tokens is scored in wider rows (``requests.narrow_rows``).
+      truncated: requests whose context lost its left end, so far.
     """
 
     score: ScoreFn
@@ -74,6 +77,8 @@ class Harness:
     add_bos_token: bool = False
     max_gen_toks: int = 256
     done: Callable[[str, tuple[Any, ...], Any], None] = lambda question, args, answer: None
+    short_length: int = 0
+    truncated: int = dataclasses.field(default=0, init=False)
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): log p(continuation | context) in nats, and whether greedy decoding of the
@@ -124,7 +129,9 @@ class Harness:
                     f"max_gen_toks={want.max_new_tokens} leaves no room for a context in max_length={self.max_length}: "
                     "ask for fewer tokens, or raise max_length if the model was trained on longer text"
                 )
-            prompts.append(self.encode_context(context)[-room:] or [self.tokenizer.eot_id])
+            tokens = self.encode_context(context)
+            self.truncated += len(tokens) > room
+            prompts.append(tokens[-room:] or [self.tokenizer.eot_id])
         texts = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (-wanted[i].max_new_tokens, -len(prompts[i])))
         for first in range(0, len(order), self.batch_size):
@@ -138,7 +145,8 @@ class Harness:
     def _continue(self, prompts: list[Tokens], wanted: list[Wanted]) -> list[str]:
         begin, ends = [self.tokenizer.eot_id], self.tokenizer.stop_ids
         longest = max(len(prompt) for prompt in prompts)
-        pad_to = next(size for size in bucket_lengths(self.max_length) if size >= longest)
+        window = window_of(longest, self.max_length)
+        pad_to = next(size for size in bucket_lengths(window) if size >= longest)
         filler = [begin] * (self.batch_size - len(prompts))  # one shape: the last batch does not compile anew
         arrays = [np.array(prompt, np.int32) for prompt in prompts + filler]
         rows: list[Tokens] = [[] for _ in prompts]
@@ -198,10 +206,13 @@ class Harness:
         """(sum of log-probabilities, all most likely) of each pair's second part; ``tell`` gets them as they come."""
         requests = []
         for before, after in pairs:
-            tokens = (before + after)[-(self.max_length + 1) :]
+            whole = before + after
+            tokens = whole[-(self.max_length + 1) :]
+            self.truncated += len(tokens) < len(whole)
             requests.append(Request(np.array(tokens, np.int32), len(tokens) - len(after)))
         answers: dict[int, tuple[float, bool]] = {}
-        for batch, placed in request_batches(requests, self.batch_size, self.max_length):
+        window = window_of(max((len(r.tokens) - 1 for r in requests), default=1), self.max_length)
+        for batch, placed in request_batches(requests, self.batch_size, window, self.short_length):
             logprob, greedy = scoring.call(self.score, batch)
             for index, row in placed:
                 span = slice(requests[index].start - 1, len(requests[index].tokens) - 1)
@@ -257,7 +268,8 @@ def adapt(harness: Harness, name: str) -> Any:
     """The harness as an ``lm_eval.api.model.LM``, for ``lm_eval.simple_evaluate(model=...)``.
 
     Args:
-      harness: answers; its ``done`` is replaced, so that answers reach lm-eval's cache.
+      harness: answers; its ``done`` is replaced, so that answers reach lm-eval's cache. Its ``truncated`` is the
+        model's too.
       name: of model and tokenizer, for the keys of that cache.
 
     Raises:
@@ -283,6 +295,10 @@ def adapt(harness: Harness, name: str) -> Any:
         @property
         def tokenizer_name(self) -> str:
             return name
+
+        @property
+        def truncated(self) -> int:
+            return harness.truncated
 
     lm = MoejaxLM()
     harness.done = lambda question, args, answer: lm.cache_hook.add_partial(question, args, answer)

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, RopeConfig
 from moejax.evaluate.scoring import Batch, Tokenizer
 from moejax.tasks import Task
+
+WIDE = 2048
+"""Sequence length above which rows are as wide as the requests need."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,22 +109,37 @@ def bucket_lengths(seq_len: int) -> tuple[int, ...]:
     return tuple(sorted({-(-seq_len // parts) for parts in (8, 4, 2, 1)}))
 
 
+def window_of(longest: int, seq_len: int) -> int:
+    """``seq_len``, halved while that holds ``longest`` tokens and it is above ``WIDE``: the short requests of a model
+    of 131,072 tokens are not padded to an eighth of these."""
+    while seq_len > WIDE and -(-seq_len // 2) >= longest:
+        seq_len = -(-seq_len // 2)
+    return seq_len
+
+
+def narrow_rows(rope: RopeConfig) -> int:
+    """``short`` of :func:`request_batches`: LongRoPE chooses its factors by the width of a batch."""
+    return rope.original_length if rope.scaling == "longrope" else 0
+
+
 def request_batches(
-    requests: Sequence[Request], batch_size: int, seq_len: int
+    requests: Sequence[Request], batch_size: int, seq_len: int, short: int = 0
 ) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
     """Batches of one request a row, and ``(request, row)`` for each row that holds one.
 
     Rows are padded on the right, short batches below, with mask False and segment 0. Requests go to the
     shortest bucket that holds them; what would not fill a batch of its bucket goes to the next one, so that
-    fewer shapes are compiled.
+    fewer shapes are compiled. But ``short`` is a bucket of its own, and no request of up to so many tokens goes
+    beyond it.
     """
     lengths = np.array([len(r.tokens) - 1 for r in requests])
     pending: list[int] = []
     shorter = 0
-    for size in bucket_lengths(seq_len):
+    last = {seq_len, short} if 0 < short < seq_len else {seq_len}
+    for size in sorted({*bucket_lengths(seq_len), *last}):
         pending += np.flatnonzero((lengths > shorter) & (lengths <= size)).tolist()
         shorter, rows = size, batch_size * (seq_len // size)
-        if not pending or (size < seq_len and len(pending) < rows):
+        if not pending or (size not in last and len(pending) < rows):
             continue
         pending.sort(key=lambda i: lengths[i])
         for begin in range(0, len(pending), rows):

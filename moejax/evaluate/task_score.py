@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from moejax.config import ConfigError
 from moejax.evaluate.requests import Plan, prepare, request_batches
-from moejax.evaluate.scoring import ScoreFn, Tokenizer, call, exp
+from moejax.evaluate.scoring import Batch, ScoreFn, Tokenizer, call, exp
 from moejax.tasks import Item, Task
 
 Progress = Callable[[str, int, int], None]
@@ -46,6 +46,7 @@ def evaluate_tasks(
     *,
     batch_size: int,
     seq_len: int,
+    short: int = 0,
     progress: Progress | None = None,
 ) -> list[TaskScore]:
     """Scores each task; ``[row for s in result for row in s.rows]`` are all rows.
@@ -63,9 +64,10 @@ def evaluate_tasks(
 
     Args:
       batch_size: rows of a batch of full length; batches of shorter rows have proportionally more, always a
-        multiple of it. At most four batch shapes occur, so the model is compiled at most four times.
+        multiple of it. At most four batch shapes occur, five with ``short``, so the model is compiled as often.
       seq_len: longest row. A longer request loses the left end of its context, all options of an item the
         same number of tokens.
+      short: no request of up to so many tokens is scored in wider rows (``requests.narrow_rows``).
 
     Raises:
       ConfigError: an option longer than ``seq_len``; raised for all tasks before the first call of ``score``.
@@ -76,17 +78,17 @@ def evaluate_tasks(
             raise ConfigError(f"evaluate_tasks {field}={value}: must be at least 1")
     prepared = [prepare(task, tokenizer, seq_len) for task in tasks]
     return [
-        _score_task(score, task, plan, batch_size, seq_len, progress)
+        _score_task(score, task, request_batches(plan.requests, batch_size, seq_len, short), plan, progress)
         for task, plan in zip(tasks, prepared, strict=True)
     ]
 
 
 def _score_task(
-    score: ScoreFn, task: Task, plan: Plan, batch_size: int, seq_len: int, progress: Progress | None
+    score: ScoreFn, task: Task, batches: Iterator[tuple[Batch, list]], plan: Plan, progress: Progress | None
 ) -> TaskScore:
     logprob, greedy = np.zeros(len(plan.requests)), np.zeros(len(plan.requests), bool)
     done = 0
-    for batch, places in request_batches(plan.requests, batch_size, seq_len):
+    for batch, places in batches:
         token_logprob, token_greedy = call(score, batch)
         for index, row in places:
             request = plan.requests[index]

@@ -29,6 +29,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from moejax.checkpoint.tree import flatten
 from moejax.config import ConfigError, ModelConfig
 from moejax.importers import configs, files, loading, writing
+from moejax.importers.config_json import differing
 from moejax.importers.matching import Match, match
 from moejax.importers.tables import is_float32
 from moejax.importers.writing import check_new
@@ -36,7 +37,17 @@ from moejax.model import Decoder, build
 from moejax.sharding import RouterState, Rules, tree_shardings
 from moejax.validate import check_model
 
-__all__ = ["check", "check_new", "is_hugging_face", "load", "mtp_layers", "read_config", "write"]
+__all__ = [
+    "check",
+    "check_new",
+    "context_length",
+    "differing",
+    "is_hugging_face",
+    "load",
+    "mtp_layers",
+    "read_config",
+    "write",
+]
 
 CONFIG = "config.json"
 
@@ -78,6 +89,13 @@ def mtp_layers(path: str | Path) -> int:
     """How many multi-token-prediction modules that can be read a folder's config.json says there are."""
     file = Path(path).expanduser() / CONFIG
     return configs.published_modules(files.read_json(file), file)
+
+
+def context_length(path: str | Path) -> int | None:
+    """The longest context that a folder's config.json gives its model; None: it gives none."""
+    raw = files.read_json(Path(path).expanduser() / CONFIG)
+    given = (raw.get(name) for name in ("max_position_embeddings", "max_seq_len"))  # the second is DBRX's name of it
+    return next((value for value in given if type(value) is int and value > 0), None)
 
 
 def load(

@@ -6,7 +6,7 @@ that differ. So whatever is written here means to transformers what it means to 
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from moejax.importers.configs import read_config
 from moejax.importers.rope import write_rope
 from moejax.importers.tables import shared_width
 from moejax.model import moe_layer_ids
+from moejax.routing import FAMILIES
 
 ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
@@ -76,7 +77,7 @@ def _unequal(one: Any, two: Any, path: str) -> list[str]:
 def canonical(config: ModelConfig) -> ModelConfig:
     """The same model with every field that changes no logit at one value, and one way of saying each thing.
 
-    Limits stay: a capacity drops pairs.
+    What loses pairs stays, with what it depends on: a capacity, buffers of expert parallelism.
     """
     plain = ModelConfig()
     return dataclasses.replace(
@@ -86,6 +87,37 @@ def canonical(config: ModelConfig) -> ModelConfig:
         ffn_dim=config.ffn_dim if has_dense(config) else 0,
         **{n: getattr(plain, n) for n in ("init_scale", "compute_dtype", "layer_loop", "remat")},
     )
+
+
+def differing(there: ModelConfig, here: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """``(name, value there, value here)`` of each field that makes one config another function than the other."""
+    if canonical(there) == canonical(here):
+        return []
+    fields = list(_fields(there, here))
+    # A field counts if it alone makes another model of either; where only several together do, all of them.
+    alone = [
+        (path, one, two)
+        for path, one, two in fields
+        if canonical(_with(here, path, one)) != canonical(here)
+        or canonical(_with(there, path, two)) != canonical(there)
+    ]
+    return [(".".join(path), one, two) for path, one, two in alone or fields]
+
+
+def _fields(there: Any, here: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """``(path, value there, value here)`` of the fields that differ."""
+    for field in dataclasses.fields(here):
+        one, two, at = getattr(there, field.name), getattr(here, field.name), (*path, field.name)
+        if dataclasses.is_dataclass(two):
+            yield from _fields(one, two, at)
+        elif one != two:
+            yield at, one, two
+
+
+def _with(config: Any, path: tuple[str, ...], value: Any) -> Any:
+    """``config`` with ``value`` at ``path``."""
+    name, *rest = path
+    return dataclasses.replace(config, **{name: _with(getattr(config, name), tuple(rest), value) if rest else value})
 
 
 def has_dense(config: ModelConfig) -> bool:
@@ -126,6 +158,18 @@ def _canonical_rope(r: RopeConfig) -> RopeConfig:
 def _canonical_moe(config: ModelConfig) -> MoEConfig:
     plain, moe = MoEConfig(), config.moe
     width, sparse = shared_width(config), set(moe_layer_ids(config))
+    free = ["dispatcher", "implementation", "ep_exchange", "ep_send", "ep_chunks"]
+    if not moe.capacity_factor:
+        free.append("capacity_order")
+    if (
+        not moe.capacity_factor
+        and not moe.capacity_limits
+        and moe.router.name in FAMILIES
+        and FAMILIES[moe.router.name].causal
+    ):
+        free.append("virtual_ranks")  # each token for itself: no matter beside which others
+    if moe.dispatcher != "ep":
+        free.append("ep_buffer_factor")
     return dataclasses.replace(
         moe,
         router=_canonical_router(moe.router),
@@ -136,7 +180,7 @@ def _canonical_moe(config: ModelConfig) -> MoEConfig:
         shared_experts=min(width, 1),
         shared_dim=width,
         shared_gate=moe.shared_gate if width else "none",
-        **{n: getattr(plain, n) for n in ("capacity_order", "dispatcher", "implementation")},
+        **{n: getattr(plain, n) for n in free},
     )
 
 
