@@ -9,7 +9,10 @@ whether it agrees (``docs/results.md``).
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import importlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,25 +33,43 @@ from moejax.progress import show_load
 from moejax.results import append_rows, read_rows
 from moejax.tasks import Task, continuation_task, load_task
 
+MADE = ("row", "scale", "config", "command", "commit", "dirty", "device", "device_count", "versions", "time")
+"""Fields that the rows of one evaluation share: what they are called, and where and when it was done."""
 NGRAM_ORDERS = (3, 6)
 NGRAM_TRAIN_BYTES = 8_000_000
 """Bytes of each domain that the n-gram baselines are fitted on, at most."""
 
 
 def load_tasks(config: ExperimentConfig, corpus: Corpus) -> list[Task]:
-    """The tasks that ``eval.tasks`` names; "builtin" is cut from the corpus's held-out text."""
-    tasks = []
+    """The tasks that ``eval.tasks`` names; "builtin" is cut from the corpus's held-out text.
+
+    Raises:
+      ConfigError: a task that cannot be used, or two of one name.
+    """
+    tasks, files = [], dict[str, str]()
     for name in config.eval.tasks:
+        file = "builtin (the task cut from held-out text)" if name == "builtin" else str(Path(config.data.root) / name)
         if name == "builtin":
             split = config.eval.final_split
             texts = {d: corpus.documents(d, split) for d in corpus.domains if split in corpus.splits(d)}
             per_domain = max(1, (config.eval.task_limit or 300) // len(texts))
             tasks.append(continuation_task(texts, per_domain=per_domain, seed=config.data.seed))
         else:
-            tasks.append(load_task(Path(config.data.root) / name, config.eval.task_limit))
+            tasks.append(load_task(file, config.eval.task_limit))
+        if other := files.get(tasks[-1].name):  # rows go by the task's name: those of one would replace the other's
+            raise ConfigError(
+                f"eval.tasks names two tasks {tasks[-1].name!r}, {other} and {file}: their rows could not be told "
+                'apart; leave one out, rename a file, or give it a first line {"kind": ..., "task": "ANOTHER NAME"}'
+            )
+        files[tasks[-1].name] = file
     for task in tasks:  # an unusable task is an error now, not after the training
         prepare(task, corpus.tokenizer, config.data.seq_len)
     return tasks
+
+
+def task_hash(task: Task) -> str:
+    """SHA-256 of all that is scored of a task: of what was read, as its file may change while the model trains."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(task), sort_keys=True).encode()).hexdigest()
 
 
 def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
@@ -57,7 +78,8 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
     state, step = run.best()
     done = [r for r in metrics.read_metrics(run.workdir / "metrics.jsonl") if r["kind"] == "final"]
     asked = {"step": step, "split": config.eval.final_split, "max_tokens": config.eval.final_max_tokens,
-             "tasks": list(config.eval.tasks), "task_limit": config.eval.task_limit}  # fmt: skip
+             "batch_size": config.eval.batch_size, "tasks": list(config.eval.tasks),
+             "task_limit": config.eval.task_limit, "task_hashes": [task_hash(task) for task in tasks]}  # fmt: skip
     if done and done[-1].get("asked") == asked:
         say(f"evaluation of step {step}: done before")
         return False
@@ -96,6 +118,7 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
             "step": step,
             "split": split,
             "asked": asked,
+            "config_hash": config_hash(config),
             "ngram": ngram,
             "ngram_max_train_bytes": NGRAM_TRAIN_BYTES,
             "bits_per_byte": {d: s.bits_per_byte for d, s in scores.items()},
@@ -106,10 +129,18 @@ def final_evaluation(run: Run, tasks: list[Task], say: Any) -> bool:
 
 
 def add_training_rows(workdir: Path, evaluated: bool) -> None:
-    """Adds the run's own rows; those of an evaluation that was done before stay, with where and when it was done."""
-    file = workdir / "results.jsonl"
-    if evaluated or not any(row.paper == TRAINING for row in read_rows(file)):
-        append_rows(file, training_rows(workdir))
+    """Adds the run's own rows; those of an evaluation that was done before stay, with where and when it was done.
+
+    Of these, one that is missing (its line was broken, and deleted) is made again and says what its neighbours say.
+    """
+    file, rows = workdir / "results.jsonl", training_rows(workdir)
+    if not evaluated and rows:
+        mine = [r for r in read_rows(file) if (r.paper, r.config_hash) == (TRAINING, rows[0].config_hash)]
+        place = {name: getattr(mine[-1], name) for name in MADE} if mine else {}
+        there = {row.metric for row in mine}
+        rows = [dataclasses.replace(row, **place) for row in rows if row.metric not in there]
+    if rows:
+        append_rows(file, rows)
 
 
 def plan(config: ExperimentConfig) -> str:

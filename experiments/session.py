@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 import kernels_pallas
 from kernels_pallas.grouped_matmul.ffn import Weights
-from moejax import checkpoint, count, dispatch, plan, pretrained, sharding, validate
+from moejax import checkpoint, count, dispatch, limits, plan, pretrained, routing, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, config_hash, from_mapping, to_dict
 from moejax.data import Corpus
 from moejax.experts import GATED
@@ -39,7 +39,8 @@ BINDING = ("model", "data", "train", "init_from")
 FREE = ("root", "cache_dir", "log_every", "checkpoint_every", "keep_checkpoints")
 """Fields in those groups that change no number. What the texts are is held by their hash, wherever they lie."""
 SCORED = ("max_tokens",)
-"""Fields of ``eval`` that validation scores depend on: the best checkpoint is chosen among equal ones only."""
+"""Fields of ``eval`` that validation scores depend on: the best checkpoint is chosen among equal ones only. Where pairs
+of a batch compete, ``batch_size`` too (:func:`_scored`)."""
 SESSION = ("command", "commit", "dirty", "device", "device_count", "process_count", "versions")
 """Facts of ``env.json`` that may differ from call to call; ``sessions`` keeps those of each."""
 FULL = {
@@ -311,12 +312,16 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def _other_run(workdir: Path, config: ExperimentConfig, corpus: Corpus) -> list[str]:
-    """What differs from the run that the workdir holds, a line each; [] for none."""
+    """What differs from the run that the workdir holds, a line each; [] for none. Without a ``config.json`` it is the
+    one whose config the newest checkpoint names."""
     old, new = _stored(workdir / "config.json"), to_dict(config)
+    steps = checkpoint.steps_in(workdir / "checkpoints")
+    if not old and steps:
+        old = checkpoint.read_meta(workdir / "checkpoints" / str(steps[-1])).get("config", {})
     if not old:
         return []
     different = [line for group in BINDING for line in _differences(old.get(group), new.get(group), f"config.{group}")]
-    for name in SCORED:
+    for name in _scored(config):
         different += _differences(old.get("eval", {}).get(name), new["eval"][name], f"config.eval.{name}")
     before = _stored(workdir / "env.json").get("data", {})
     root = f"data.root was {old.get('data', {}).get('root')!r}, is {config.data.root!r}"
@@ -324,6 +329,15 @@ def _other_run(workdir: Path, config: ExperimentConfig, corpus: Corpus) -> list[
         if before.get(name, value) != value:
             different.append(f"the {what}: hash was {before[name]}, is {value} ({root})")
     return different
+
+
+def _scored(config: ExperimentConfig) -> tuple[str, ...]:
+    """Fields of ``eval`` that validation scores of this model depend on."""
+    moe = config.model.moe
+    if not (config.train.steps and validate.has_experts(config.model)):
+        return SCORED
+    family = routing.family(moe.router, moe.num_experts, zero_experts=moe.zero_experts)
+    return SCORED if family.causal and not limits.of_config(moe) else (*SCORED, "batch_size")
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

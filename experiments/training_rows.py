@@ -1,6 +1,7 @@
 """Results rows of a training run itself, made from what the run wrote into its workdir."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +33,32 @@ def training_rows(workdir: Path) -> list[ResultRow]:
         "row": config["name"],
         "scale": config["scale"],
         "config": config["name"],
-        "config_hash": facts["config_hash"],
+        "config_hash": final.get("config_hash", facts["config_hash"]),  # a later call may have another table or mesh
         "data_hash": facts["data"]["hash"],
-        "batch_shape": (config["train"]["batch_size"], config["data"]["seq_len"]),
         **{k: facts[k] for k in ("command", "commit", "dirty", "device", "device_count", "versions")},
     }
 
-    def row(metric: str, unit: str, value: float, **extra: Any) -> ResultRow:
-        return ResultRow(**shared, metric=metric, unit=unit, value=value, values_by_seed={seed: value}, extra=extra)
+    def row(part: str, metric: str, unit: str, value: float, touched: float | None = None, **extra: Any) -> ResultRow:
+        """``part``: the group of the config that says of how many sequences its batches are."""
+        return ResultRow(
+            **shared, metric=metric, unit=unit, value=value, values_by_seed={seed: value}, exercised_share=touched,
+            batch_shape=(config[part]["batch_size"], config["data"]["seq_len"]), extra=extra,
+        )  # fmt: skip
 
     rows = []
+    touched = touched_shares(config, final, metrics)
     for domain, value in final["bits_per_byte"].items():
         grams = {f"byte_{n}_gram": by_domain[domain] for n, by_domain in final["ngram"].items() if domain in by_domain}
         more = {"split": final["split"], "ngram_max_train_bytes": final.get("ngram_max_train_bytes")}
-        rows.append(row(f"bits_per_byte/{domain}", "bits per byte", value, step=final["step"], **grams, **more))
+        of_row = {"touched": touched.get(domain), "step": final["step"], **grams, **more}
+        rows.append(row("eval", f"bits_per_byte/{domain}", "bits per byte", value, **of_row))
     for tasks in [r for r in metrics if r["kind"] == "tasks" and r["step"] == final["step"]][-1:]:
         for t in tasks["tasks"]:
             if "/" not in t["task"]:
                 more = {"stderr": t["stderr"], "n": t["n"], "chance": t["chance"]}
                 rows.append(
                     row(
+                        "eval",
                         f"{t['metric']}/{t['task']}",
                         "perplexity per target" if t["metric"] == "ppl" else "share",
                         t["value"],
@@ -63,13 +70,27 @@ def training_rows(workdir: Path) -> list[ResultRow]:
         tokens = {"tokens": trained[-1]["tokens"], "seconds": trained[-1]["time"], "epochs": facts["data"]["epochs"]}
         rows.append(
             row(
+                "train",
                 "tokens_per_s",
                 "tokens/s",
                 float(np.median([r["tokens_per_s"] for r in trained if r["tokens_per_s"]])),
                 **tokens,
             )
         )
-        rows.append(row("training_seconds", "s, with compilation and validation", trained[-1]["time"], **tokens))
+        seconds = trained[-1]["time"]
+        rows.append(row("train", "training_seconds", "s, with compilation and validation", seconds, **tokens))
         share = float(np.median([r["mfu"] for r in trained if r["mfu"]]))
-        rows.append(row("mfu", "share of peak", share, back_end=facts["grouped_matmul"]["implementation"]))
+        rows.append(row("train", "mfu", "share of peak", share, back_end=facts["grouped_matmul"]["implementation"]))
     return rows
+
+
+def touched_shares(
+    config: dict[str, Any], final: dict[str, Any], metrics: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
+    """Share of pairs, by domain, that the config's limits touched in a final evaluation; {} where it has none."""
+    moe = config["model"]["moe"]
+    if moe["capacity_factor"] <= 0 and not moe.get("capacity_limits"):
+        return {}
+    loads = [row for row in metrics if row["kind"] == "final_load" and row["step"] == final["step"]]
+    # a workdir's older rows do not have it
+    return {d: part.get("touched_share") for d, part in loads[-1]["by_domain"].items()} if loads else {}

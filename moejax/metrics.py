@@ -88,6 +88,14 @@ def load_summary(metrics: MoEMetrics) -> dict[str, list]:
     )
 
 
+def touched_share(metrics: MoEMetrics) -> float:
+    """Pairs of all layers that limits removed or added / pairs routed, at most 1; a halved pair counts by the work that
+    it saves."""
+    skipped = 0.0 if metrics.skipped is None else np.sum(metrics.skipped)
+    touched = np.sum(metrics.dropped) + np.sum(metrics.added) + skipped
+    return min(1.0, float(touched / max(np.sum(metrics.routed), 1.0)))
+
+
 def zero_share(routed: Float[np.ndarray, "L E"], zero_routed: Float[np.ndarray, "L Z"]) -> Float[np.ndarray, "L"]:
     """Pairs of zero-computation experts over all pairs, of each layer."""
     free = zero_routed.sum(axis=1)
@@ -100,7 +108,8 @@ def load_row(domains: Mapping[str, MoEMetrics], classes: Sequence[str] = ()) -> 
     :func:`load_summary` of all of them together; ``percentiles`` over layers of each figure; ``by_domain`` and, where
     the sums are kept by token class, ``by_class`` (named by ``classes``, those without a token left out): the same
     figures, with ``share`` of the tokens and, for each layer, ``distance`` = half the sum over experts of
-    ``|share of the part's pairs - share of all pairs|``: 0 is routed like all text, 1 is experts of its own.
+    ``|share of the part's pairs - share of all pairs|``: 0 is routed like all text, 1 is experts of its own. Domains
+    also have :func:`touched_share`.
     """
     sums = [jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), m) for m in domains.values()]
     whole = jax.tree.map(lambda *leaves: sum(leaves), *sums)
@@ -108,7 +117,7 @@ def load_row(domains: Mapping[str, MoEMetrics], classes: Sequence[str] = ()) -> 
     row["tokens"] = float(whole.tokens[0])
     row["percentiles"] = {name: percentiles(row[name]) for name in LAYER_FIGURES}
     row["by_domain"] = {
-        domain: _part(whole, m.routed, m.tokens, m.entropy_sum, m.dropped)
+        domain: _part(whole, m.routed, m.tokens, m.entropy_sum, m.dropped) | {"touched_share": touched_share(m)}
         for domain, m in zip(domains, sums, strict=True)
     }
     by = whole.by_class

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 ID_FIELDS = ("paper", "table", "row", "metric", "scale", "config_hash")
-"""What a row *is*. Two rows that agree in these are the same measurement; the later replaces the earlier."""
+"""What a row *is*. Two rows that agree in these are the same measurement; the later replaces the earlier, unless they
+say that they were measured on other data."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -229,20 +230,35 @@ def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
 
 
 def append_rows(path: str | os.PathLike[str], rows: Iterable[ResultRow]) -> None:
-    """Adds rows; one with the id of an earlier row takes its place.
+    """Adds rows; one with the id of an earlier row takes its place, if it was measured on the same data.
 
     The whole file is written anew beside the old one and renamed over it, so a reader or a crash sees the old
     rows or the new ones, never a mixture. Writers on one machine wait for each other.
 
     Raises:
-      ResultsError: the file has a broken line (it is left as it is), or a row holds what JSON cannot.
+      ResultsError: the file has a broken line (it is left as it is), a row holds what JSON cannot, or a row would take
+        the place of one of other data.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         merged = {row.id: row for row in read_rows(path)}
-        merged |= {row.id: row for row in rows}
+        for row in rows:
+            if (earlier := merged.get(row.id)) is not None and _other_data(earlier, row):
+                raise ResultsError(
+                    f"{path}: row {row.id} ({row.row!r}, {row.metric}) is there, measured on other data (data_hash was "
+                    f"{earlier.data_hash}, is {row.data_hash}), and would be lost: nothing was written. Use another "
+                    "file, or delete that row"
+                )
+            merged[row.id] = row
         write_atomically(path, "".join(to_line(row) + "\n" for row in merged.values()))
+
+
+def _other_data(one: ResultRow, other: ResultRow) -> bool:
+    """Whether both say what they were measured on, and share none of it: a row over runs lists the hashes of all, and
+    is made again as more are done."""
+    hashes, others = (set(row.data_hash.split(", ")) - {""} for row in (one, other))
+    return bool(hashes and others) and not hashes & others
 
 
 def write_atomically(path: Path, text: str) -> None:

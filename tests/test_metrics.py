@@ -1,5 +1,6 @@
 """Figures of expert load, by their formulas on loads that can be checked by hand."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_a_row_adds_domains_up_and_names_classes():
     assert row["tokens"] == 120 and row["dropped_share"] == [12 / 240]
     assert row["by_domain"]["code"]["utilisation"] == [[1, 1, 1, 1]]
     assert row["by_domain"]["prose"]["dead"] == [2]
+    assert row["by_domain"]["code"]["touched_share"] == 0.1 and row["by_domain"]["prose"]["touched_share"] == 0.0
     assert row["by_domain"]["code"]["dropped_share"] == [0.1] == row["by_class"]["words"]["dropped_share"]
     # shares of all pairs: 3/8, 3/8, 1/8, 1/8; of code a quarter each
     assert row["by_domain"]["code"]["distance"] == [0.25] and row["by_domain"]["prose"]["distance"] == [0.25]
@@ -86,6 +88,14 @@ def test_a_row_adds_domains_up_and_names_classes():
     alone = metrics.load_row({"code": code}, ("words", "digits"))
     assert list(alone["by_class"]) == ["words"]  # no token of the other
     assert "by_class" not in metrics.load_row({"code": sums([EVEN], 60)})
+
+
+def test_the_share_that_limits_touched_is_of_all_layers_pairs():
+    m = sums([[60.0, 60.0], [30.0, 30.0]], 60, dropped=9)
+    assert metrics.touched_share(m) == 18 / 180
+    m = dataclasses.replace(m, added=np.array([6.0, 0.0]), skipped=np.array([0.0, 12.0]))
+    assert metrics.touched_share(m) == (18 + 6 + 12) / 180
+    assert metrics.touched_share(dataclasses.replace(m, added=np.array([400.0, 0.0]))) == 1.0
 
 
 def test_percentiles_over_layers():

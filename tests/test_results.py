@@ -79,6 +79,24 @@ def test_the_same_id_replaces_in_place_and_others_stay(tmp_path):
     assert [(r.row, r.value) for r in read_rows(path)] == [("a", 9.0), ("b", 1.25), ("c", 1.25)]
 
 
+def test_a_row_of_other_data_is_not_replaced(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_rows(path, [make_row(data_hash="aaa"), make_row(row="b"), make_row(row="c", data_hash="aaa")])
+    before = path.read_bytes()
+    other = make_row(value=9.0, data_hash="bbb")
+    for rows in (
+        [make_row(row="new"), other],
+        [make_row(row="d", data_hash="aaa"), make_row(row="d", data_hash="bbb")],
+    ):
+        with pytest.raises(ResultsError, match=r"data_hash was aaa, is bbb.* nothing was written\. Use another file"):
+            append_rows(path, rows)
+        assert path.read_bytes() == before
+    # the same data, data that one of them does not name, and a row over runs that is made of more of them
+    append_rows(path, [make_row(value=2.0, data_hash="aaa"), make_row(row="b", value=3.0, data_hash="bbb")])
+    append_rows(path, [make_row(row="c", value=4.0, data_hash="aaa, bbb")])
+    assert [row.value for row in read_rows(path)] == [2.0, 3.0, 4.0]
+
+
 def test_rows_joined_by_hand_may_repeat_and_the_last_wins(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text(to_line(make_row(value=1.0)) + "\n\n" + to_line(make_row(value=2.0)) + "\n")

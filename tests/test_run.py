@@ -1,5 +1,6 @@
 """``experiments.run`` from flags to report, in this process; and each mistake as one readable sentence."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -19,11 +20,12 @@ from absl import flags
 from experiments import capacity_settings, run, session
 from moejax import checkpoint, metrics
 from moejax.config import ExperimentConfig, from_mapping, to_dict
+from moejax.data import load_corpus
 from moejax.loop import Outcome, Run
 from moejax.progress import TrainProgress
 from moejax.report import build_report
-from moejax.results import ResultRow, read_rows
-from tests.small import execute, flat, quick_compilation
+from moejax.results import ResultRow, read_rows, to_line
+from tests.small import execute, flat, load_plain, quick_compilation
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("order", "reverse", "random", "score")
@@ -67,6 +69,18 @@ def arrays(workdir: Path) -> dict[str, Any]:
     model, config, meta = checkpoint.load_model(workdir / "checkpoints" / "6")
     assert meta["step"] == 6 and config.train.steps == 6
     return flat(model)
+
+
+QUESTIONS = [
+    {"context": f"the {word} of", "choices": ["and to in", "is that for"], "gold": i % 2}
+    for i, word in enumerate(("as", "was", "with", "be"))
+]
+
+
+def write_task(path: Path, questions: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return path
 
 
 # --- what a run leaves behind -------------------------------------------------------------------------------------
@@ -128,6 +142,48 @@ def test_rows_keep_the_place_where_they_were_measured(
     assert (workdir / "results.jsonl").read_bytes() == (finished / "results.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("change", [[], ["--config.table.name="]])
+def test_a_lost_row_of_the_training_is_made_again(
+    finished: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: list[str]
+):
+    """What the advice for a broken line promises, on another machine and with another table too."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    file = workdir / "results.jsonl"
+    rows = read_rows(file)
+    lost = {"mfu", "bits_per_byte/a"}
+    file.write_text("".join(to_line(row) + "\n" for row in rows if row.metric not in lost))
+    facts = session.environment_facts
+    monkeypatch.setattr(session, "environment_facts", lambda: {**facts(), "device": "another"})
+    assert execute(*command, f"--workdir={workdir}", *change) == 0
+    found = {row.id: row for row in read_rows(file)}
+    assert found.keys() == {row.id for row in rows}
+    for row in rows:
+        assert dataclasses.replace(found[row.id], time=row.time) == row
+
+
+def test_rows_of_an_evaluation_that_was_stopped_before_they_were_written(
+    finished: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They are added by the next call, under the config of that evaluation, beside those of the one before."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    file, before = workdir / "results.jsonl", read_rows(finished / "results.jsonl")
+    quiz = write_task(tmp_path / "quiz.jsonl", QUESTIONS)
+    command = [*command, f"--workdir={workdir}", f"--config.eval.tasks=('{quiz}',)", "--config.table.name="]
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "append_rows", stopped)
+        assert execute(*command) == 130
+    asked = json.loads((workdir / "env.json").read_text())["config_hash"]
+    assert read_rows(file) == before and asked not in {row.config_hash for row in before}
+    assert execute(*command, "--config.watch.dead_experts=2", "--config.mesh.data=2") == 0
+    new = [row for row in read_rows(file) if row not in before]
+    assert {row.config_hash for row in new} == {asked}
+    assert {row.metric for row in new} > {row.metric for row in before if row.paper == "training"} | {"acc/quiz"}
+
+
 def by_name(workdir: Path) -> dict[str, ResultRow]:
     return {row.row: row for row in read_rows(workdir / "results.jsonl") if row.paper == "capacity_aware"}
 
@@ -185,6 +241,61 @@ def test_a_finished_workdir_is_skipped(finished: Path, command: list[str], capsy
     said = capsys.readouterr().err
     assert "evaluation of step 6: done before" in said and "table capacity_aware 1: done before" in said
     assert "step 1/" not in said
+
+
+def test_an_evaluation_of_something_else_is_made_anew(
+    finished: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Another content of a task file, another batch: what was done before was not asked for."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    quiz = write_task(tmp_path / "quiz.jsonl", QUESTIONS)
+    command = [*command, f"--workdir={workdir}", "--config.table.name=", f"--config.eval.tasks=('{quiz}',)"]
+
+    def scored(*change: str) -> int:
+        """How many evaluations the call makes."""
+        before = len(lines(workdir, "final"))
+        assert execute(*command, *change) == 0
+        made = len(lines(workdir, "final")) - before
+        assert ("evaluation of step 6: done before" in capsys.readouterr().err) == (not made)
+        return made
+
+    def newest(metric: str) -> ResultRow:
+        return [row for row in read_rows(workdir / "results.jsonl") if row.metric == metric][-1]
+
+    assert [scored(), scored()] == [1, 0]
+    assert newest("acc/quiz").extra["n"] == 4
+    write_task(quiz, QUESTIONS[:3])
+    assert [scored(), scored()] == [1, 0]
+    assert newest("acc/quiz").extra["n"] == 3
+    assert newest("acc/quiz").batch_shape == newest("bits_per_byte/a").batch_shape == (8, 32)
+    assert [scored("--config.eval.batch_size=4"), scored("--config.eval.batch_size=4")] == [1, 0]
+    assert newest("acc/quiz").batch_shape == newest("bits_per_byte/a").batch_shape == (4, 32)
+    assert newest("tokens_per_s").batch_shape == newest("mfu").batch_shape == (8, 32)
+    rows = metrics.read_metrics(workdir / "metrics.jsonl")  # as older code wrote them
+    for name in ("batch_size", "task_hashes"):
+        del rows[-1]["asked"][name]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert scored("--config.eval.batch_size=4") == 1
+
+
+def test_a_run_under_a_limit(workspace: Path, capsys: pytest.CaptureFixture[str]):
+    """Its rows say what the limit touched, and its scores are of one batch size."""
+    workdir = workspace / "limited"
+    command = [f"--config={workspace / 'small_config.py'}:plain", f"--workdir={workdir}", "--config.eval.batch_size=4"]
+    command += ["--config.model.moe.capacity_factor=1.0", "--config.train.steps=2"]
+    assert execute(*command) == 0
+    rows = {row.metric: row for row in read_rows(workdir / "results.jsonl")}
+    (load,) = lines(workdir, "final_load")
+    for domain in ("a", "b"):
+        row = rows[f"bits_per_byte/{domain}"]
+        dropped = load["by_domain"][domain]["dropped_share"]  # of each layer, which all have as many pairs
+        assert row.exercised_share == pytest.approx(sum(dropped) / len(dropped)) and row.exercised_share > 0
+        assert row.batch_shape == (4, 32)
+    assert rows["tokens_per_s"].batch_shape == (8, 32) and rows["tokens_per_s"].exercised_share is None
+    capsys.readouterr()
+    assert execute(*command, "--config.eval.batch_size=8") == 2
+    assert "holds a run with another config: config.eval.batch_size was 4, is 8. Use" in capsys.readouterr().err
+    assert execute(*command, "--config.eval.final_max_tokens=256") == 0  # what no validation depends on
 
 
 @pytest.mark.slow  # test_soak.py kills the same command at 20 points
@@ -322,6 +433,54 @@ def test_mistakes_are_one_sentence_and_touch_nothing(
     (sentence,) = [line for line in said.err.splitlines() if not line.startswith("data: ")]
     assert sentence.startswith("error: ") and "Traceback" not in said.err and said.out == ""
     assert not workdir.exists()
+
+
+def test_two_tasks_of_one_name(workspace: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one, other = (write_task(tmp_path / name / "quiz.jsonl", QUESTIONS) for name in ("a", "b"))
+    builtin = write_task(tmp_path / "builtin.jsonl", QUESTIONS)
+    command = [*command, f"--workdir={tmp_path / 'new'}", "--config.eval.task_limit=4"]
+    for first, second in ((one, other), (one, one), ("builtin", builtin), (builtin, "builtin")):
+        assert execute(*command, f"--config.eval.tasks=('{first}', '{second}')") == 2
+        said = capsys.readouterr().err
+        assert "error: eval.tasks names two tasks '" in said and f"{first}" in said and f" and {second}" in said
+        assert "rename a file, or give it a first line" in said and not (tmp_path / "new").exists()
+    write_task(other, [{"kind": "multiple_choice", "task": "another"}, *QUESTIONS])  # what it says to do
+    config = session.read_config(load_plain(workspace / "small_config.py"))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tasks=(str(one), str(other))))
+    tasks = run.load_tasks(config, load_corpus(config.data, train=False))
+    assert [task.name for task in tasks] == ["quiz", "another"]
+
+
+def test_scores_depend_on_the_batch_where_its_pairs_compete(workspace: Path):
+    def bound(**changes: Any) -> bool:
+        fields = load_plain(workspace / "small_config.py")
+        fields.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+        return "batch_size" in session._scored(session.read_config(fields))
+
+    assert not bound()
+    assert bound(model__moe__capacity_factor=1.0)
+    assert bound(model__moe__capacity_limits=("token_drop:factor=1.0",))
+    assert bound(model__moe__router__name="expert_choice", model__moe__router__noncausal="allow")
+    assert not bound(model__moe__capacity_factor=1.0, train__steps=0, init_from="x")  # no checkpoint is chosen
+    assert not bound(model__moe__capacity_factor=1.0, model__moe__first_dense=99)  # no layer has experts
+
+
+def test_a_workdir_that_lost_its_config(
+    finished: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The newest checkpoint says which run it holds."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "config.json").unlink()
+    command = [*command, f"--workdir={workdir}"]
+    for change in ("model.dim=32", "train.learning_rate=0.5"):  # the second would fit the arrays
+        assert execute(*command, f"--config.{change}") == 2
+        name, _, value = change.partition("=")
+        assert re.search(
+            rf"holds a run with another config: config\.{name} was .*, is {value}", capsys.readouterr().err
+        )
+        assert not (workdir / "config.json").exists()
+    assert execute(*command) == 0
+    assert (workdir / "config.json").read_bytes() == (finished / "config.json").read_bytes()
 
 
 def test_another_config_in_the_same_workdir(
