@@ -118,6 +118,7 @@ def open_harness(
         tokenizer,
         max_length,
         short_length=narrow_rows(model.config.attention.rope),
+        fills=not in_force,
         **options,
     )
     return (

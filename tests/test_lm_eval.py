@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import lm_eval as program
 from experiments import session
-from moejax import derived, importers
+from moejax import derived, importers, limits
 from moejax.checkpoint import Checkpoints, load_model
 from moejax.config import (
     AttentionConfig,
@@ -168,6 +168,8 @@ def test_neither_batch_nor_order_nor_padding_changes_an_answer(harness: Harness)
 
 def test_limits_count_only_where_asked_for(workdir: Path, harness: Harness):
     limited, _ = program.open_harness(workdir, batch_size=2, dropless=False)
+    in_force = (limits.token_drop(1.0),)
+    assert limited.fills and not program.open_harness(workdir, limits=lambda model: in_force)[0].fills
     requests = [("abcdef", "ghijk"), ("xyzxyz", " and")]
     difference = [
         a - b for (a, _), (b, _) in zip(*(h.loglikelihood(requests) for h in (limited, harness)), strict=True)
@@ -315,6 +317,9 @@ def test_a_short_batch_is_filled_and_padded_to_few_lengths(harness: Harness):
     assert texts == ["abcdefgh"] * 5
     assert [(len(prompts), limit, pad) for prompts, limit, pad in generate.asked] == [(4, 8, 64), (4, 8, 8)]
     assert [len(p) for p in generate.asked[0][0]] == [40, 20, 9, 5] and generate.asked[1][0][3].tolist() == [EOT]
+    # Rows that nobody asked for would take part in limits.
+    dataclasses.replace(fake, fills=False).generate_until([("x", {"until": [], "max_tokens": 8})])
+    assert len(generate.asked[-1][0]) == 1
     few = dataclasses.replace(fake, max_gen_toks=3)
     assert few.generate_until([("x", {})]) == ["abc"] and generate.asked[-1][1:] == (3, 8)
 

@@ -66,6 +66,8 @@ class Harness:
       max_gen_toks: tokens to generate where the task does not say.
       done: told of each result as soon as it is there: question, the request's args, answer.
       short_length: no request of up to so many tokens is scored in wider rows (``requests.narrow_rows``).
+      fills: a last batch of fewer requests to generate is filled up with rows of one token, so that it is not compiled
+        anew. Not where limits act: these rows would take part in them.
       truncated: requests whose context lost its left end, so far.
     """
 
@@ -78,6 +80,7 @@ class Harness:
     max_gen_toks: int = 256
     done: Callable[[str, tuple[Any, ...], Any], None] = lambda question, args, answer: None
     short_length: int = 0
+    fills: bool = True
     truncated: int = dataclasses.field(default=0, init=False)
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -147,7 +150,7 @@ class Harness:
         longest = max(len(prompt) for prompt in prompts)
         window = window_of(longest, self.max_length)
         pad_to = next(size for size in bucket_lengths(window) if size >= longest)
-        filler = [begin] * (self.batch_size - len(prompts))  # one shape: the last batch does not compile anew
+        filler = [begin] * (self.batch_size - len(prompts)) if self.fills else []
         arrays = [np.array(prompt, np.int32) for prompt in prompts + filler]
         rows: list[Tokens] = [[] for _ in prompts]
         texts: list[str | None] = [None] * len(prompts)
