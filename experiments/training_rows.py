@@ -52,7 +52,9 @@ def training_rows(workdir: Path) -> list[ResultRow]:
         more = {"split": final["split"], "ngram_max_train_bytes": final.get("ngram_max_train_bytes")}
         of_row = {"touched": touched.get(domain), "step": final["step"], **grams, **more}
         rows.append(row("eval", f"bits_per_byte/{domain}", "bits per byte", value, **of_row))
-    for tasks in [r for r in metrics if r["kind"] == "tasks" and r["step"] == final["step"]][-1:]:
+    scored = [r for r in metrics if r["kind"] == "tasks" and r["step"] == final["step"]]
+    # Those of an earlier evaluation of this step are not of this one, if it asked for none.
+    for tasks in scored[-1:] if final.get("asked", {}).get("tasks", True) else []:
         for t in tasks["tasks"]:
             if "/" not in t["task"]:
                 more = {"stderr": t["stderr"], "n": t["n"], "chance": t["chance"]}

@@ -18,6 +18,7 @@ import pytest
 from absl import flags
 
 from experiments import capacity_settings, run, session
+from experiments.training_rows import training_rows
 from moejax import checkpoint, metrics
 from moejax.config import ExperimentConfig, from_mapping, to_dict
 from moejax.data import load_corpus
@@ -519,3 +520,23 @@ def test_help_shows_every_flag_of_the_command():
     run.define_flags(values, ["program"])
     shown = {flag.name for flag in values.get_key_flags_for_module(run)}
     assert shown == set(values) and {"config", "workdir", "dry_run", "mesh", "platform", "row"} <= shown
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(["quiz.jsonl"], ["acc/quiz"]), ([], []), (None, ["acc/quiz"])])
+def test_tasks_of_an_earlier_evaluation_are_in_no_row_of_one_without(tmp_path: Path, asked: Any, expected: list[str]):
+    """The same step was evaluated twice, and the second time without tasks; None: before that was written down."""
+    config = {"name": "c", "scale": "tiny", "train": {"seed": 0, "batch_size": 2}, "data": {"seq_len": 8},
+              "eval": {"batch_size": 4}, "model": {"moe": {"capacity_factor": 0.0}}}  # fmt: skip
+    facts = {"config_hash": "0" * 12, "data": {"hash": "a", "epochs": 1.0}, "command": "run", "commit": "c",
+             "dirty": False, "device": "cpu", "device_count": 1, "versions": {}}  # fmt: skip
+    quiz = {"task": "quiz", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 4, "chance": 0.25}
+    final = {"kind": "final", "step": 3, "split": "test", "bits_per_byte": {"a": 2.0}, "ngram": {}}
+    if asked is not None:
+        final["asked"] = {"tasks": asked}
+    for name, value in (("config", config), ("env", facts)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    lines = [{"kind": "tasks", "step": 3, "tasks": [quiz]}, final]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = {row.metric: row for row in training_rows(tmp_path)}
+    assert [name for name in made if name.startswith("acc")] == expected
+    assert made["bits_per_byte/a"].batch_shape == (4, 8)
