@@ -522,7 +522,6 @@ def test_an_ffn_with_biases_lowers_for_cuda():
     e, d, f, p = 32, 2880, 2880, 16384
     shapes = (p, d), (e, d, f), (e, d, f), (e, f, d), (e, f), (e, f), (e, d)
     xs, *weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
-    assert backend.refuse_weights(xs, Weights(*weights), "swiglu_clamped") is None
 
     def run(xs, sizes, *weights):
         return backend.KERNELS.grouped_ffn(xs, sizes, Weights(*weights), "swiglu_clamped")
@@ -549,12 +548,17 @@ def weights_of(e, d, f, dtype=jnp.bfloat16, **biases):
 )
 def test_refusals_of_an_ffn(monkeypatch, p, dtype, weights, reason):
     monkeypatch.setattr(backend, "_hopper", lambda: None)
+    monkeypatch.setattr(backend, "BIASES", True)
     xs = jax.ShapeDtypeStruct((p, weights.up.shape[1]), dtype)
     told = backend.refuse_ffn(xs, None, weights, "swiglu")
     assert told is None if reason is None else reason in told
     if reason is None:
         assert backend.refuse_ffn(xs, None, weights, "swiglu_clamped") is None
         assert "a gate without" in backend.refuse_ffn(xs, None, weights, "gelu")
+        monkeypatch.setattr(backend, "BIASES", False)
+        biased = any(bias is not None for bias in weights[3:])
+        assert ("have not run on a GPU" in (backend.refuse_ffn(xs, None, weights, "swiglu") or "")) == biased
+        assert "have not run on a GPU" in backend.refuse_ffn(xs, None, weights, "swiglu_clamped")
 
 
 @pytest.mark.parametrize(
