@@ -83,9 +83,9 @@ def einsum(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, precision=precision(a.dtype), preferred_element_type=accumulator(a.dtype))
 
 
-def group_sums(rows: Float[Array, "P N"], group_sizes: Int[Array, "G"], experts: int) -> Float[Array, "E N"]:
-    """Sum of each expert's rows, in float32: a matmul with the groups' one-hot rows, so deterministic."""
-    start, end = groups.bounds(groups.per_expert(group_sizes, experts), rows.shape[0])
+def group_sums(rows: Float[Array, "P N"], group_sizes: Int[Array, "E"]) -> Float[Array, "E N"]:
+    """Sum of each group's rows, in float32: a matmul with the groups' one-hot rows, so deterministic."""
+    start, end = groups.bounds(group_sizes, rows.shape[0])
     row = jnp.arange(rows.shape[0])[:, None]
     mine = (row >= start) & (row < end)
     return einsum("pe,pn->en", mine.astype(rows.dtype), groups.zero_tail(rows, end))

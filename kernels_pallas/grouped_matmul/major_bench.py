@@ -70,7 +70,7 @@ def measure(shape: specs.Shape, name: str, dtype: str, alpha: float, settings: S
             limit = LAYER_TOLERANCE[dtype]
             raise WrongResult(f"{shape.name}, {name}, {columns} of {full}: error {errors[-1]:.1e} is above {limit:.0e}")
     timings = timing.in_turns(calls, jax.block_until_ready, settings.repeats, settings.target_ms)
-    half, ratios = timings["half"], np.asarray(timings["half"].seconds) / np.asarray(timings["full"].seconds)
+    half = timings["half"]
     return {
         "operation": "major_ffn",
         "implementation": name,
@@ -79,10 +79,7 @@ def measure(shape: specs.Shape, name: str, dtype: str, alpha: float, settings: S
         "alpha": alpha,
         "extent": extent,
         **half.fields(),
-        "full_median_ms": 1e3 * timings["full"].median,
-        "ratio_to_full": float(np.median(ratios)),
-        "ratio_to_full_p10": float(np.percentile(ratios, 10)),
-        "ratio_to_full_p90": float(np.percentile(ratios, 90)),
+        **jax_run.beside_full(half, timings["full"]),
         "tflops_per_s": 6 * shape.rows * shape.d_model * extent / half.median / 1e12,
         "full_tflops_per_s": shape.flops() / timings["full"].median / 1e12,
         "relative_error": max(errors),

@@ -86,7 +86,7 @@ class Primitives(NamedTuple):
             dgate @ gate^T + dup @ up^T.
         gather: `(x[T,D], plan) -> [P,D]`.
         combine: `(ys[P,D], row_of_pair[T,K], weight[T,K] | None) -> [T,D]`.
-        group_sums: `(rows[P,N], group_sizes, experts) -> [E,N]`; called for gradients of biases only.
+        group_sums: `(rows[P,N], group_sizes) -> [E,N]`; called for gradients of biases only.
     """
 
     up: Callable[..., tuple[Array, Hidden | None]]
@@ -96,7 +96,7 @@ class Primitives(NamedTuple):
     up_input_gradient: Callable[[Array | None, Array, Weights, Array], Array]
     gather: Callable[[Array, Plan], Array] = gather
     combine: Callable[[Array, Array, Array | None], Array] = combine
-    group_sums: Callable[[Array, Array, int], Array] = group_sums
+    group_sums: Callable[[Array, Array], Array] = group_sums
 
 
 def layer(p: Primitives) -> Callable[..., Array]:
@@ -135,9 +135,7 @@ def layer(p: Primitives) -> Callable[..., Array]:
         )
 
         def bias_gradient(bias: Array | None, rows: Array | None) -> Array | None:
-            if bias is None or rows is None:
-                return None
-            return p.group_sums(rows, sizes, bias.shape[0]).astype(bias.dtype)
+            return None if bias is None or rows is None else p.group_sums(rows, sizes).astype(bias.dtype)
 
         down_rows = None
         if params.down_bias is not None:

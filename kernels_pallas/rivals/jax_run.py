@@ -256,9 +256,14 @@ def time_beside_full(
     timings = timing.in_turns(calls, jax.block_until_ready, settings.repeats, settings.target_ms, per_call=sets)
     for one in both.values():
         one.finite()
-    ratios = np.asarray(timings[""].seconds) / np.asarray(timings["full_"].seconds)
-    return _columns(both[""], timings[""]) | {
-        "full_median_ms": 1e3 * timings["full_"].median,
+    return _columns(both[""], timings[""]) | beside_full(timings[""], timings["full_"])
+
+
+def beside_full(part: timing.Timings, full: timing.Timings) -> dict:
+    """Columns of a row that hold a part of F, timed in turn, against all of it."""
+    ratios = np.asarray(part.seconds) / np.asarray(full.seconds)
+    return {
+        "full_median_ms": 1e3 * full.median,
         "ratio_to_full": float(np.median(ratios)),
         "ratio_to_full_p10": float(np.percentile(ratios, 10)),
         "ratio_to_full_p90": float(np.percentile(ratios, 90)),

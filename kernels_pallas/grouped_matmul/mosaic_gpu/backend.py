@@ -82,25 +82,15 @@ def product(lhs: Array, rhs: Array, group_sizes: Array, extents: Array | None, *
 
 
 def outer(
-    lhs: Array,
-    grad: Array,
-    group_sizes: Array,
-    extents: Array | None,
-    *,
-    experts: int,
-    extent_axis: ExtentAxis,
-    dtype: jnp.dtype,
-    config: outer_kernel.Config | None = None,
+    lhs: Array, grad: Array, group_sizes: Array, extents: Array | None, *, extent_axis: ExtentAxis, **options: Any
 ) -> Array:
-    """See `vjp.Outer`.
+    """See `vjp.Outer`; the options are those of `outer_of_cut`.
 
     Extents cost a pass of XLA over the operand that they limit, which is read and written once: `outer_of_cut` takes
     zeros there.
     """
     lhs, grad = cut_limited(*_same_axes((lhs, grad, group_sizes, extents)), extent_axis)
-    return outer_of_cut(
-        lhs, grad, group_sizes, extents, experts=experts, extent_axis=extent_axis, dtype=dtype, config=config
-    )
+    return outer_of_cut(lhs, grad, group_sizes, extents, extent_axis=extent_axis, **options)
 
 
 def outer_of_cut(
@@ -191,7 +181,7 @@ class Kernels:
         def sums(grad: Array | None, bias: Array | None) -> Array | None:
             if grad is None or bias is None:
                 return None
-            return ffn.group_sums(grad, group_sizes, experts).astype(bias.dtype)
+            return ffn.group_sums(grad, groups.per_expert(group_sizes, experts)).astype(bias.dtype)
 
         grads = Weights(
             gate=None if dgate is None else make(xs, dgate, group_sizes, extents, extent_axis="n"),

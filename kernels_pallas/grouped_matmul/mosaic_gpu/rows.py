@@ -43,8 +43,9 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
 )
 
 BLOCK_K = 64
-NOTE = 4  # words of a note: first row, rows of it that are the group's, first column in units, depth; with biases the
-# expert too, before the depth
+# Words of a note: first row, rows of it that are the group's, first column in units, depth; with biases one more, the
+# expert, before the depth.
+NOTE = 4
 
 
 @dataclasses.dataclass(frozen=True)
