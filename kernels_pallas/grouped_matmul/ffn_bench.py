@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.grouped_matmul import GROUPED_FFN, grouped_ffn, specs
 from kernels_pallas.grouped_matmul.ffn import Hidden, Weights, activate
 from kernels_pallas.rivals.case import TOLERANCE
+from kernels_pallas.rivals.jax_run import UNTUNED
 from kernels_pallas.rivals.rows import append, commit
 
 
@@ -80,7 +81,8 @@ def oracle(xs: Array, weights: Weights, dy: Array, sizes: np.ndarray) -> list[np
     """(ys, dxs, *dweights) in float32: groups padded to the largest on the host, one einsum, autodiff."""
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
     padded, place = by_expert(xs, sizes)
-    ys, (dxs, dw) = jax.jit(forward_backward(einsum_ffn))(padded, wide, by_expert(dy, sizes)[0])
+    both = jax.jit(forward_backward(einsum_ffn), compiler_options=UNTUNED)
+    ys, (dxs, dw) = both(padded, wide, by_expert(dy, sizes)[0])
     rows = [np.asarray(a).reshape(-1, xs.shape[1])[place] for a in (ys, dxs)]
     return rows + [np.asarray(d) for d in jax.tree.leaves(dw)]
 
