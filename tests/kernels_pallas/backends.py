@@ -13,11 +13,9 @@ import pytest
 
 from kernels_pallas.grouped_matmul import GROUPED_FFN, GROUPED_MATMUL, grouped_ffn, grouped_matmul, specs
 from kernels_pallas.grouped_matmul.ffn import GATED, Weights
-from kernels_pallas.grouped_matmul.mosaic_gpu import backend as hopper
 from tests.kernels_pallas import oracle
 
 ON_CPU = jax.default_backend() == "cpu"
-hopper.BIASES = not ON_CPU  # what has not run on a GPU yet is tried there
 # For a whole module (`pytestmark`): with an accelerator there these are the tests that `-m gpu` or `-m tpu` asks for.
 MARKS = [] if ON_CPU else [getattr(pytest.mark, jax.default_backend())]
 # Compiling is most of the time here. The matmuls alone and the benchmark's checks run fully optimised.

@@ -111,7 +111,7 @@ def test_the_fastest_of_both_rounds_is_written_and_looked_up(pinned):
     path = tuning.path_of("Some GPU")
     times = Times(best_in_the_second_round)
     code, said = sweep(path, times)
-    best = rows.Config(block_m=128, block_n=128, stages=6, split="n", cluster=2, band=16)
+    best = rows.Config(block_m=128, block_n=128, stages=6, split="n", cluster=2, band=16, divide=True)
     assert code == 0 and times.finals == [(DEFAULT, best)]
     assert len(times.seen) == len(set(times.seen)) == stored(path)["tried"]
     assert len(times.seen) <= candidates.most_candidates(PROBLEM, 2, None)
@@ -148,7 +148,7 @@ def test_a_clock_that_slows_down_changes_no_choice(pinned):
 
     times = Slowing(best_in_the_second_round, noise=0.01)
     sweep(pinned / "t.json", times)
-    best = rows.Config(block_m=128, block_n=128, stages=6, split="n", cluster=2, band=16)
+    best = rows.Config(block_m=128, block_n=128, stages=6, split="n", cluster=2, band=16, divide=True)
     assert stored(pinned / "t.json")["config"] == dataclasses.asdict(best)
     assert stored(pinned / "t.json")["timed"][tune.label(best)] == pytest.approx(0.71 * 1.05, rel=0.02)
 
@@ -377,7 +377,7 @@ def test_an_override_must_have_an_effect():
     wanted = outer.Config(stages=2)
     with tuning.using("outer", wanted):
         assert tuning.for_outer(64, 1, 64, 64) == wanted
-        assert tuning.for_rows(6400, 1, 4096, 64, False) == rows.Config()
+        assert tuning.for_rows(6400, 1, 4096, 64, False) == rows.Config(divide=True)
     assert tuning.for_outer(6400, 1, 64, 64) == outer.Config()
     with pytest.raises(RuntimeError, match=r"operation='outer'.*had no effect"), tuning.using("outer", wanted):
         tuning.for_gated(64, 1, 64, 64)

@@ -21,6 +21,7 @@ from kernels_pallas.dispatch import default_platform
 from kernels_pallas.grouped_matmul import ffn, groups
 from kernels_pallas.grouped_matmul.ffn import GATED, Activation, Hidden, Weights
 from kernels_pallas.grouped_matmul.groups import ExtentAxis
+from kernels_pallas.grouped_matmul.mosaic_gpu import activation as activation_kernel
 from kernels_pallas.grouped_matmul.mosaic_gpu import outer as outer_kernel
 from kernels_pallas.grouped_matmul.mosaic_gpu import rows, tuning
 from kernels_pallas.grouped_matmul.vjp import cut_limited, differentiable
@@ -30,9 +31,6 @@ FEW_ROWS = 128
 WHOLE = outer_kernel.ALIGN
 """Rows come in multiples of this."""
 ALIGN = 64  # a multiple of this is what K, N, D and F must be: one swizzle of bfloat16
-BIASES = False
-"""Whether an FFN with biases, or with the clamped activation, may run. It is right in the interpreter and is lowered
-for CUDA, and has not run on a GPU: until it has, who wants it asks for it. Tests on a GPU do."""
 
 
 def whole(rows: Array) -> Array:
@@ -335,11 +333,8 @@ def refuse_ffn(xs, group_sizes, weights: Weights, activation, *, extents=None, r
 
 def refuse_weights(xs, weights: Weights, activation: Activation) -> str | None:
     """Why an FFN of these weights cannot run, on any device."""
-    biased = any(bias is not None for bias in (weights.gate_bias, weights.up_bias, weights.down_bias))
-    if not BIASES and (biased or activation == "swiglu_clamped"):
-        return "biases and swiglu_clamped have not run on a GPU yet: set mosaic_gpu.backend.BIASES = True to try them"
-    if activation in GATED and activation not in rows.GATED:
-        return f"its kernel applies {' or '.join(rows.GATED)} to gate and up, not {activation}"
+    if activation in GATED and activation not in activation_kernel.GATED:
+        return f"its kernel applies {' or '.join(activation_kernel.GATED)} to gate and up, not {activation}"
     if (weights.gate is not None) != (activation in GATED):
         return "a gate without a gated activation"
     axes = {"D": weights.up.shape[1], "F": weights.up.shape[2]}

@@ -100,13 +100,18 @@ def announce(notes: Any, number: Any, *values: Any) -> None:
 
 def dismiss(notes: Any, number: Any) -> None:
     """Tells the consumers that tile `number` does not exist, and awaits that they heard everything."""
-    words, _, heard = notes
-    announce(notes, number, *[jnp.int32(-1)] * words.shape[1])
-    drain(heard, number + 1, NOTES)
+    announce(notes, number, *[jnp.int32(-1)] * notes[0].shape[1])
+    heard_all(notes, number + 1)
+
+
+def heard_all(notes: Any, total: Any) -> None:
+    """Awaits that the consumers heard so many notes."""
+    drain(notes[2], total, NOTES)
 
 
 def follow(notes: Any, body: Callable, init: Any) -> Any:
-    """Folds `body(note, hear, carry)` over what was announced, until the last value of a note is below 0.
+    """Folds `body(note, hear, carry)` over what was announced, until the last value of a note is below 0; (that note,
+    carry).
 
     The body calls `hear()` once, and returns what that gave it, the next note, and the carry: it knows when there is
     something else to wait for. The note comes only when the copying warpgroup has got all buffers for this tile, so
@@ -126,7 +131,7 @@ def follow(notes: Any, body: Callable, init: Any) -> Any:
         return number + 1, *body(note, functools.partial(hear, number + 1), carry)
 
     first = jnp.int32(0)
-    return lax.while_loop(lambda state: state[1][-1] >= 0, step, (first, hear(first), init))[2]
+    return lax.while_loop(lambda state: state[1][-1] >= 0, step, (first, hear(first), init))[1:]
 
 
 def notebook(words: int) -> list[Any]:
@@ -180,6 +185,22 @@ def in_cell(part: int, value: Array, staged: Any, send: Callable[[int, int, int]
     staged[part % cells] = value[i * cell_m : (i + 1) * cell_m, j * cell_n : (j + 1) * cell_n]
     plgpu.commit_smem()
     send(part % cells, i, j)
+
+
+def store_rows(staged: Any, out: Any, row: Any, column: Any, count: Any, rows: int, width: int) -> None:
+    """Stores the first `count` of `rows` staged rows, by powers of two, since the size of a TMA copy is static."""
+    at = 0
+    power = rows
+    while power:
+        take = (count & power) != 0
+
+        @pl.when(take)
+        def _(at=at, power=power):
+            target = out.at[pl.ds(row + at, power), pl.ds(column, width)]
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(at, power)], target, commit_group=False)
+
+        at = at + jnp.where(take, power, 0)
+        power //= 2
 
 
 def deferred(config: Any, dtype: jnp.dtype) -> bool:

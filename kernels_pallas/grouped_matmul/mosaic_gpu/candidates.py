@@ -69,12 +69,14 @@ def first_round(problem: Problem, earlier: tuning.Config | None = None) -> list[
 
 
 def second_round(best: Iterable[tuning.Config]) -> list[tuning.Config]:
-    """Other clusters and bands of each, a stage less, and more or less staged at the end."""
+    """Other clusters and bands of each, a stage less, more or less staged at the end, and the last round whole."""
     found = []
     for config in best:
         found += [dataclasses.replace(config, **order) for order in ORDERS]
         if config.stages > 3:
             found.append(dataclasses.replace(config, stages=config.stages - 1))
+        if getattr(config, "divide", False):
+            found.append(dataclasses.replace(config, divide=False))
         if "cells" in (have := dataclasses.asdict(config)):
             for cells in (1, 4):
                 stages = stages_that_fit(have | {"cells": cells})

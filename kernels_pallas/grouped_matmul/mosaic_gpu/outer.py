@@ -279,7 +279,7 @@ def _kernel(
 
         nowhere = jnp.int32(-1), jnp.int32(0), jnp.int32(0)  # nothing is stored before the first tile is there
         nothing = [(jnp.zeros((bk, wn), out.dtype), nowhere)] if late else []
-        _, held = follow(notes, tile, (jnp.int32(0), nothing))
+        _, (_, held) = follow(notes, tile, (jnp.int32(0), nothing))
         for value, at in held:
             for part in parts:
                 store(part, value, at)

@@ -8,7 +8,7 @@ multiplied.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,9 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import groups
-from kernels_pallas.grouped_matmul.ffn import CLAMP, SLOPE
 from kernels_pallas.grouped_matmul.groups import ExtentAxis
-from kernels_pallas.grouped_matmul.mosaic_gpu import schedule
+from kernels_pallas.grouped_matmul.mosaic_gpu import schedule, walk
+from kernels_pallas.grouped_matmul.mosaic_gpu.activation import gated
 from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     CONSUMERS,
     SWIZZLE,
@@ -33,11 +33,13 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     due,
     follow,
     free_slots,
+    heard_all,
     in_cell,
     launch,
     notebook,
     parts_of,
     release_last,
+    store_rows,
     tiled,
     two_views,
 )
@@ -46,6 +48,8 @@ BLOCK_K = 64
 # Words of a note: first row, rows of it that are the group's, first column in units, depth; with biases one more, the
 # expert, before the depth.
 NOTE = 4
+MOST_STEPS = 1 << 20
+"""A last note, of a piece of a tile, ends with -1 - (how many pieces) * MOST_STEPS - (its steps)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Config:
         band: clusters' row tiles that are worked on together.
         defer: a tile's result stays in registers, and is stored while the next tile is multiplied. Of one result of two
             bytes an element: for more there are not enough registers.
+        divide: the tiles of the last round are divided among blocks that would wait for them (`walk.py`); without
+            clusters only.
     """
 
     block_m: int = 128
@@ -71,6 +77,12 @@ class Config:
     cluster: int = 1
     band: int = 8
     defer: bool = False
+    divide: bool = False
+
+    def pieces(self, width: int) -> tuple[int, ...]:
+        """Into how many pieces the `width` columns of a tile may be cut: a warpgroup's are whole swizzles of 64."""
+        least = 64 if self.split == "m" else 64 * CONSUMERS
+        return tuple(n for n in (2, 3, 4) if width % (n * least) == 0) if self.divide and self.cluster == 1 else ()
 
 
 class Spot(NamedTuple):
@@ -89,57 +101,6 @@ class Spans(NamedTuple):
     extent_axis: ExtentAxis = "n"
 
 
-def ring(grid: schedule.Grid, sizes: Any, extents: Any, body: Callable, init: Any) -> Any:
-    """Folds `body(group, tile, carry)` over this block's tiles."""
-    block, count = lax.axis_index("cluster"), lax.axis_size("grid")
-
-    def step(state):
-        slot, place, carry = state
-        carry = body(schedule.group_of(grid, place.turn), schedule.tile(grid, extents, place, slot, block), carry)
-        return slot + count, schedule.seek(grid, sizes, extents, place, slot + count), carry
-
-    slot = lax.axis_index("grid")
-    place = schedule.seek(grid, sizes, extents, schedule.begin(grid, sizes, extents), slot)
-    return lax.while_loop(lambda state: state[1].turn < grid.groups, step, (slot, place, init))[2]
-
-
-def _store_rows(staged: Any, out: Any, row: Any, column: Any, count: Any, rows: int, width: int) -> None:
-    """Stores the first `count` of `rows` staged rows, by powers of two, since the size of a TMA copy is static."""
-    at = 0
-    power = rows
-    while power:
-        take = (count & power) != 0
-
-        @pl.when(take)
-        def _(at=at, power=power):
-            target = out.at[pl.ds(row + at, power), pl.ds(column, width)]
-            plgpu.copy_smem_to_gmem(staged.at[pl.ds(at, power)], target, commit_group=False)
-
-        at = at + jnp.where(take, power, 0)
-        power //= 2
-
-
-GATED = ("swiglu", "geglu", "swiglu_clamped")
-"""What :func:`gated` knows."""
-
-
-def gated(activation: str, gate: Float[Array, "R F"], up: Float[Array, "R F"]) -> Float[Array, "R F"]:
-    """silu(gate) * up, gelu(gate) * up (tanh form), or `ffn.clamped_swiglu`, in operations that the kernel's compiler
-    knows.
-
-    The tensor cores rest meanwhile, so no division: 1 / y is rsqrt(y) squared, one instruction and a product.
-    """
-    if activation == "swiglu":
-        inner = gate
-    elif activation == "swiglu_clamped":
-        gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP) + 1
-        inner = SLOPE * gate
-    else:
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 0.5 (1 + tanh(z / 2)) = 1 / (1 + exp(-z))
-    root = lax.rsqrt(1 + jnp.exp(-inner))
-    return gate * (root * root) * up
-
-
 def _kernel(
     sizes: Any,
     extents: Any,
@@ -155,23 +116,30 @@ def _kernel(
 ) -> None:
     lhs, rhs = refs[:operands], refs[operands : 2 * operands] if activation is None else refs[operands : operands + 2]
     biases, outs = refs[-8 - outputs - biased : -8 - outputs], refs[-8 - outputs : -8]
-    a_smem, b_smem, stage, full, empty, *notes = refs[-8:]
+    a_smem, b_views, stage, full, empty, *notes = refs[-8:]
     a_in, a_smem = (a_smem, a_smem) if interpret else a_smem
     staged_out, staged = (stage, stage) if interpret else stage
     wg = lax.axis_index("wg")
     stages, bm, bn = config.stages, config.block_m, config.block_n
     wm, wn = (bm // CONSUMERS, bn) if config.split == "m" else (bm, bn // CONSUMERS)
-    width = bn if activation is None else bn // 2  # columns of the result in a tile
+    width = grid.block_n  # columns of the result in a tile
+    pieces = config.pieces(width)
+    b_views = dict(zip((1, *pieces), b_views, strict=True)) if pieces and not interpret else {1: b_views}
+
+    def operand(pieces, at):
+        """The matrix's buffer of a step; of a piece as many columns as it has."""
+        if not interpret:
+            return b_views[pieces].at[at]
+        columns = pl.ds(0, width // pieces)
+        return b_views[1].at[at].at[(columns, slice(None)) if transpose_rhs else (..., columns)]
 
     @pl.when(wg == CONSUMERS)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def tile(group, tile, carry):
-            number, step = carry
+        def copies(pieces, expert, tile, step):
             row, column, depth = tile.row, tile.column * grid.unit, tile.depth
-            expert = lax.div(group, jnp.int32(grid.parts))
-            announce(notes, number, row, tile.count, tile.column, *([expert] if biased else []), depth)
+            columns = pl.ds(column, width // pieces)
 
             def fetch(shares_rhs, pair, k, step):
                 at = claim(empty, step, stages)
@@ -181,14 +149,14 @@ def _kernel(
                 plgpu.copy_gmem_to_smem(
                     lhs[pair].at[pl.ds(row, bm), span], a_in.at[at], full.at[at], collective_axes=of_lhs
                 )
+                into = operand(pieces, at)
                 if activation is not None:
                     for half in range(2):
-                        source = rhs[half].at[expert, span, pl.ds(column, width)]
-                        plgpu.copy_gmem_to_smem(source, b_smem.at[at, half], full.at[at], collective_axes=of_rhs)
+                        source = rhs[half].at[expert, span, columns]
+                        plgpu.copy_gmem_to_smem(source, into.at[half], full.at[at], collective_axes=of_rhs)
                 else:
-                    columns = pl.ds(column, bn)
                     source = rhs[pair].at[(expert, columns, span) if transpose_rhs else (expert, span, columns)]
-                    plgpu.copy_gmem_to_smem(source, b_smem.at[at], full.at[at], collective_axes=of_rhs)
+                    plgpu.copy_gmem_to_smem(source, into, full.at[at], collective_axes=of_rhs)
                 return step + 1
 
             def loop(shares_rhs):
@@ -200,22 +168,46 @@ def _kernel(
                 return run
 
             if config.cluster == 1:
-                return number + 1, loop(True)(step)
-            return number + 1, lax.cond(tile.shares_rhs, loop(True), loop(False), step)
+                return loop(True)(step)
+            return lax.cond(tile.shares_rhs, loop(True), loop(False), step)
 
-        number, step = ring(grid, sizes, extents, tile, (jnp.int32(0), jnp.int32(0)))
-        dismiss(notes, number)
-        drain(empty, step, stages)
+        def tell(number, group, tile, last):
+            expert = lax.div(group, jnp.int32(grid.parts))
+            announce(notes, number, tile.row, tile.count, tile.column, *([expert] if biased else []), last)
+            return expert
+
+        def tile(group, tile, carry):
+            number, step = carry
+            expert = tell(number, group, tile, tile.depth)
+            return number + 1, copies(1, expert, tile, step)
+
+        (number, step), piece = walk.fold(grid, sizes, extents, pieces, tile, (jnp.int32(0), jnp.int32(0)))
+        if piece is None:
+            dismiss(notes, number)
+            drain(empty, step, stages)
+            return
+        last = jnp.where(piece.pieces == 1, -1, -1 - piece.pieces * MOST_STEPS - piece.tile.depth)
+        expert = tell(number, piece.group, piece.tile, last)
+        drain(empty, step, stages)  # a piece's buffers lie across those of tiles
+
+        for some in pieces:
+
+            @pl.when(piece.pieces == some)
+            def _(some=some):
+                drain(empty, copies(some, expert, piece.tile, jnp.int32(0)), stages)
+
+        heard_all(notes, number + 1)
 
     @pl.when(wg < CONSUMERS)
     def _multiply():
         plgpu.set_max_registers(232, action="increase")
         tall = config.split == "m"
         mine_m = pl.ds(wg * wm, wm) if tall else slice(None)
-        mine_n = slice(None) if tall else pl.ds(wg * wn, wn)
 
-        shape = (wm, wn if activation is None else width)
-        parts = parts_of(shape, staged.at[wg])
+        def layout(pieces):
+            """Shape of a warpgroup's result, and in how many parts it leaves."""
+            shape = (wm, (wn if activation is None else width) // pieces)
+            return shape, parts_of(shape, staged.at[wg])
 
         def store(part, value, out, at):
             _, _, cell_m, cell_n = staged.shape
@@ -223,35 +215,37 @@ def _kernel(
             def send(cell, i, j):
                 inside = jnp.clip(at.count - i * cell_m, 0, cell_m)
                 target = at.row + i * cell_m, at.column + j * cell_n
-                _store_rows(staged_out.at[wg, cell], out, *target, inside, cell_m, cell_n)
+                store_rows(staged_out.at[wg, cell], out, *target, inside, cell_m, cell_n)
                 plgpu.commit_smem_to_gmem_group()
 
             in_cell(part, value, staged.at[wg], send)
 
         late = outputs == 1 and deferred(config, outs[0].dtype)
 
-        def tile(note, hear, carry):
+        def tile(note, hear, carry, pieces=1):
             step, held = carry
             row, count, column, *expert, depth = note
             column, depth = column * grid.unit, depth * operands
+            shape, parts = layout(pieces)
+            mine_n = slice(None) if tall else pl.ds(wg * shape[1], shape[1])
             if tall:
                 row, count = row + wg * wm, jnp.clip(count - wg * wm, 0, wm)
             else:
-                column = column + wg * wn
+                column = column + wg * shape[1]
             at = Spot(row, count, column)
 
             def accumulate(*accs):
                 def multiply(k, step):
                     at = lax.rem(step, stages)
                     plgpu.barrier_wait(full.at[at])
-                    a = a_smem.at[at, mine_m, :]
+                    a, b = a_smem.at[at, mine_m, :], operand(pieces, at)
                     if activation is not None:
                         for half, acc in enumerate(accs):
-                            plgpu.wgmma(acc, a, b_smem.at[at, half])
+                            plgpu.wgmma(acc, a, b.at[half])
                     elif transpose_rhs:
-                        plgpu.wgmma(accs[0], a, b_smem.at[at, mine_n, :].T)
+                        plgpu.wgmma(accs[0], a, b.at[mine_n, :].T)
                     else:
-                        plgpu.wgmma(accs[0], a, b_smem.at[at, :, mine_n])
+                        plgpu.wgmma(accs[0], a, b.at[:, mine_n])
                     plgpu.wgmma_wait(len(accs))  # so the step before is done, and its buffers are free
                     release_last(empty, step, stages, k > 0)
                     return step + 1
@@ -275,7 +269,7 @@ def _kernel(
                 if activation is not None:
                     values = [gated(activation, *values), *values][:outputs]
                 values = [value.astype(out.dtype) for value, out in zip(values, outs, strict=True)]
-                if late:
+                if late and pieces == 1:
                     return following, (after, [(values[0], at)])
                 for value, out in zip(values, outs, strict=True):
                     for part in range(parts):
@@ -286,12 +280,19 @@ def _kernel(
             return pl.run_scoped(accumulate, *accs)
 
         nowhere = Spot(jnp.int32(0), jnp.int32(0), jnp.int32(0))  # no rows: nothing is stored before the first tile
-        nothing = [(jnp.zeros(shape, outs[0].dtype), nowhere)] if late else []
-        _, held = follow(notes, tile, (jnp.int32(0), nothing))
+        nothing = [(jnp.zeros(layout(1)[0], outs[0].dtype), nowhere)] if late else []
+        (*place, last), (_, held) = follow(notes, tile, (jnp.int32(0), nothing))
         for value, of_last in held:
-            for part in range(parts):
+            for part in range(layout(1)[1]):
                 store(part, value, outs[0], of_last)
         plgpu.wait_smem_to_gmem(0)
+        for some in pieces:
+
+            @pl.when(lax.div(-1 - last, jnp.int32(MOST_STEPS)) == some)
+            def _(some=some):
+                note = *place, lax.rem(-1 - last, jnp.int32(MOST_STEPS))
+                tile(note, lambda: (), (jnp.int32(0), []), some)
+                plgpu.wait_smem_to_gmem(0)
 
 
 def product(
@@ -358,12 +359,21 @@ def _call(lhs, rhs, biases, spans, outs, width, b_tile, copies, config, interpre
     options |= {"biased": len(biases)}
     # The last tile's columns may stick out; unlike a copy's, a load's must be there.
     biases = [jnp.pad(bias, ((0, 0), (0, width))) for bias in biases]
+    columns_at = b_tile.index(width)  # of the matrix's tile: pieces have fewer
+    buffers = [
+        plgpu.SMEM(
+            (config.stages, *b_tile[:columns_at], width // some, *b_tile[columns_at + 1 :]),
+            rhs[0].dtype,
+            transforms=tiled(rhs[0].dtype),
+        )
+        for some in (1, *config.pieces(width))
+    ]
     kernel = plgpu.kernel(
         functools.partial(_kernel, **options),
         out_type=list(outs),
         scratch_types=[
             two_views((config.stages, config.block_m, BLOCK_K), lhs[0].dtype, interpret),
-            plgpu.SMEM((config.stages, *b_tile), rhs[0].dtype, transforms=tiled(rhs[0].dtype)),
+            buffers[0] if interpret or len(buffers) == 1 else plgpu.RefUnion(*buffers),
             two_views((CONSUMERS, config.cells, 64, cell), outs[0].dtype, interpret),
             plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
             free_slots(config),

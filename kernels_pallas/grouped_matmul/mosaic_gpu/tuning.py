@@ -121,11 +121,12 @@ def default(operation: str, num_rows: int, experts: int, k: int) -> Config:
     if operation == "outer":  # the sum runs over rows
         return outer.Config(cluster=1, defer=True) if mean < LONG_ROWS else outer.Config()
     if operation == "gated":
-        return rows.Config(split="m")  # warpgroups divide the rows, so that each holds gate and up of its own
+        # Warpgroups divide the rows, so that each holds gate and up of its own.
+        return rows.Config(split="m", divide=mean > DECODE_ROWS)
     if mean <= DECODE_ROWS:
         # Few rows: narrow tiles, so that even few groups with rows keep all multiprocessors reading, and deep buffers.
         return rows.Config(block_m=64, block_n=128, stages=8)
-    return rows.Config(split="m", defer=True) if k < LONG_DEPTH else rows.Config()
+    return rows.Config(split="m", defer=True, divide=True) if k < LONG_DEPTH else rows.Config(divide=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,176 @@
+"""Which tiles the blocks of the Hopper kernels compute, and the pieces of the last round's."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from kernels_pallas.grouped_matmul import specs
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend, rows, schedule, tuning, walk
+from tests.kernels_pallas.test_mosaic_gpu import KERNELS, interpreted, normal
+
+MOST = 64  # tiles of a block
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def walked(grid, blocks, pieces, sizes, extents):
+    """(tiles of each block [blocks, MOST], how many, its piece), as the copying warpgroups find them."""
+
+    def tiles(_):
+        def body(group, tile, carry):
+            count, kept = carry
+            found = {"group": group, **tile._asdict()}
+            return count + 1, {name: kept[name].at[count].set(value) for name, value in found.items()}
+
+        empty = {name: jnp.zeros(MOST, jnp.int32) for name in ("group", "row", "count", "column", "depth")}
+        empty["shares_rhs"] = jnp.zeros(MOST, bool)
+        (count, kept), piece = walk.fold(grid, sizes, extents, pieces, body, (jnp.int32(0), empty))
+        return count, kept, piece
+
+    def of_cluster(_):
+        return jax.vmap(tiles, axis_name="cluster")(jnp.arange(1))
+
+    return jax.tree.map(lambda a: a[:, 0], jax.vmap(of_cluster, axis_name="grid")(jnp.arange(blocks)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def slots_of(grid, sizes, extents):
+    return schedule.seek(grid, sizes, extents, schedule.begin(grid, sizes, extents), jnp.int32(1 << 30)).first
+
+
+@pytest.mark.parametrize(("axis", "parts"), [(None, 1), ("n", 2), ("k", 2)])
+@pytest.mark.parametrize(("pieces", "block_n"), [((2, 4), 256), ((3,), 192), ((2,), 128)])
+def test_whole_tiles_and_pieces_cover_what_whole_tiles_alone_do(pieces, block_n, axis, parts):
+    rng = np.random.default_rng(0)
+    blocks, groups, columns = 11, 6, 768
+    grid = schedule.Grid(groups, 1600, columns, 6, 64, block_n, 64, 1, 8, axis, parts)
+    seen = set()
+    for case in range(40):
+        sizes = rng.multinomial(rng.integers(0, 1500), rng.dirichlet(np.full(groups, 0.5 + case % 3)))
+        extents = np.sort(rng.integers(0, 7, (groups // parts, parts)) * 64)[:, ::-1].reshape(-1)
+        extents = jnp.asarray(extents, jnp.int32) if axis else None
+        sizes = jnp.asarray(sizes, jnp.int32)
+        whole, divided = (jax.device_get(walked(grid, blocks, some, sizes, extents)) for some in ((), pieces))
+        slots = int(slots_of(grid, sizes, extents))
+        left = slots % blocks if slots > blocks else 0
+        number = max((some for some in pieces if 0 < left * some <= blocks), default=1)
+        seen.add(number)
+
+        def covered(found, number):
+            counts, kept, piece = found
+            out = []
+            for block, count in enumerate(counts):
+                for i in range(count):
+                    first = int(kept["column"][block, i]) * grid.unit
+                    row, depth = int(kept["row"][block, i]), int(kept["depth"][block, i])
+                    out += [(row, depth, column) for column in range(first, first + block_n, 64)]
+                if piece is not None and piece.pieces[block] > 1:
+                    assert piece.pieces[block] == number
+                    first, width = int(piece.tile.column[block]) * grid.unit, block_n // number
+                    out += [
+                        (int(piece.tile.row[block]), int(piece.tile.depth[block]), column)
+                        for column in range(first, first + width, 64)
+                    ]
+            return sorted(out)
+
+        assert covered(divided, number) == covered(whole, 1)
+        assert whole[0].sum() == slots
+        assert divided[0].sum() == slots - (left if number > 1 else 0)
+        assert np.sum(divided[2].pieces > 1) == (left * number if number > 1 else 0)
+        # No block has more to do than a round for each whole round, and one thing in the last.
+        assert divided[0].max() <= -(-slots // blocks)
+    assert seen == {1, *pieces}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "columns", "block_n", "split", "defer", "transpose_rhs", "pieces"),
+    [
+        ((128, 0, 512), 256, 256, "m", True, False, 4),
+        ((128, 0, 256), 512, 256, "n", False, True, 2),
+        ((128, 512, 0), 192, 192, "m", True, True, 3),
+        pytest.param((128, 0, 256), 512, 256, "m", True, False, 2, marks=pytest.mark.slow),
+        pytest.param((128, 0, 512), 256, 256, "m", False, True, 4, marks=pytest.mark.slow),
+        pytest.param((128, 512, 0), 192, 192, "m", False, False, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_pieces_have_the_same_bits_and_no_race(
+    monkeypatch, sizes, columns, block_n, split, defer, transpose_rhs, pieces
+):
+    taken = count_pieces(monkeypatch)
+    lhs, sizes = normal(0, sum(sizes), 192), jnp.array(sizes, jnp.int32)
+    rhs = normal(1, 3, columns, 192) if transpose_rhs else normal(1, 3, 192, columns)
+    config = rows.Config(split=split, defer=defer, stages=2, block_n=block_n)
+    options = {"transpose_rhs": transpose_rhs, "extent_axis": "n", "dtype": jnp.bfloat16}
+
+    def run(divide):
+        return KERNELS.product(lhs, rhs, sizes, None, config=dataclasses.replace(config, divide=divide), **options)
+
+    same_without_races(run)
+    assert max(taken) == pieces
+
+
+def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch):
+    taken = count_pieces(monkeypatch)
+    xs, gate, up, sizes = normal(0, 640, 128), normal(2, 3, 128, 128), normal(3, 3, 128, 128), (128, 0, 512)
+    biases = normal(4, 3, 128), normal(5, 3, 128)
+    options = {"activation": "swiglu", "save": True, "interpret": True, "biases": biases}
+
+    def run(divide):
+        config = rows.Config(split="m", stages=2, divide=divide)
+        return rows.gated_product(xs, gate, up, rows.Spans(jnp.array(sizes, jnp.int32)), config=config, **options)
+
+    same_without_races(run)
+    assert max(taken) == 2
+
+
+def same_without_races(run):
+    """Of `run(divide)`, interpreted."""
+    found = []
+    for divide in (False, True):
+        with interpreted(races=True):
+            found.append(jax.block_until_ready(run(divide)))
+            assert not gpu_callbacks.get_races().races_found
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *found)
+
+
+def count_pieces(monkeypatch):
+    """A list that gets, of each block, into how many pieces its last tile was cut."""
+    taken, plain = [], walk.fold
+
+    def fold(*args):
+        carry, piece = plain(*args)
+        if piece is not None:
+            jax.debug.callback(lambda number: taken.append(int(number)), piece.pieces)
+        return carry, piece
+
+    monkeypatch.setattr(walk, "fold", fold)
+    return taken
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows_", [16384, 20480, 24576, 32768])
+def test_on_a_device_pieces_have_the_same_bits(rows_):
+    """More tiles than multiprocessors, which the small shapes of the other tests never have."""
+    shape = specs.SHAPES["olmoe"]
+    experts, d, f = shape.experts, shape.d_model, shape.d_expert
+    sizes = jnp.asarray(specs.dirichlet(experts, rows_, 5.0))
+    xs, gate, up = normal(0, rows_, d), normal(1, experts, d, f), normal(2, experts, d, f)
+
+    def run(divide, extents):
+        def config(found):
+            return dataclasses.replace(found, divide=divide)
+
+        of_up, of_both = tuning.for_rows(rows_, experts, d, f, False), tuning.for_gated(rows_, experts, d, f)
+        options = {"transpose_rhs": False, "extent_axis": "n", "dtype": jnp.bfloat16}
+        out = backend.KERNELS.product(xs, up, sizes, extents, config=config(of_up), **options)
+        options = {"activation": "swiglu", "save": False, "config": config(of_both), "interpret": False}
+        both = rows.gated_product(xs, gate, up, rows.Spans(sizes, extents), **options)
+        return [a[:, : f if extents is None else f // 2] for a in (out, *both)]
+
+    for extents in (None, jnp.full(experts, f // 2, jnp.int32)):
+        found = [jax.jit(functools.partial(run, divide, extents))() for divide in (False, True)]
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *found)
