@@ -21,10 +21,10 @@ def walked(grid, blocks, pieces, sizes, extents):
     """(tiles of each block [blocks, MOST], how many, its piece), as the copying warpgroups find them."""
 
     def tiles(_):
-        def body(group, tile, carry, look):
+        def body(group, tile, carry):
             count, kept = carry
             found = {"group": group, **tile._asdict()}
-            return (count + 1, {name: kept[name].at[count].set(value) for name, value in found.items()}), look()
+            return count + 1, {name: kept[name].at[count].set(value) for name, value in found.items()}
 
         empty = {name: jnp.zeros(MOST, jnp.int32) for name in ("group", "row", "count", "column", "depth")}
         empty["shares_rhs"] = jnp.zeros(MOST, bool)

@@ -137,8 +137,7 @@ def _kernel(
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def copies(pieces, expert, tile, step, look=lambda: ()):
-            """Half-way it looks for the next tile: a short rest, while the consumers have all buffers to work on."""
+        def copies(pieces, expert, tile, step):
             row, column, depth = tile.row, tile.column * grid.unit, tile.depth
             columns = pl.ds(column, width // pieces)
 
@@ -160,32 +159,27 @@ def _kernel(
                     plgpu.copy_gmem_to_smem(source, into, full.at[at], collective_axes=of_rhs)
                 return step + 1
 
-            def part(pair, begin, end, step):
-                def loop(shares_rhs):
-                    return functools.partial(lax.fori_loop, begin, end, functools.partial(fetch, shares_rhs, pair))
+            def loop(shares_rhs):
+                def run(step):
+                    for pair in range(operands):
+                        step = lax.fori_loop(0, depth, functools.partial(fetch, shares_rhs, pair), step)
+                    return step
 
-                if config.cluster == 1:
-                    return loop(True)(step)
-                return lax.cond(tile.shares_rhs, loop(True), loop(False), step)
+                return run
 
-            half = lax.div(depth, jnp.int32(2))
-            step = part(0, 0, half, step)
-            seen = look()
-            step = part(0, half, depth, step)
-            for pair in range(1, operands):
-                step = part(pair, 0, depth, step)
-            return step, seen
+            if config.cluster == 1:
+                return loop(True)(step)
+            return lax.cond(tile.shares_rhs, loop(True), loop(False), step)
 
         def tell(number, group, tile, last):
             expert = lax.div(group, jnp.int32(grid.parts))
             announce(notes, number, tile.row, tile.count, tile.column, *([expert] if biased else []), last)
             return expert
 
-        def tile(group, tile, carry, look):
+        def tile(group, tile, carry):
             number, step = carry
             expert = tell(number, group, tile, tile.depth)
-            step, following = copies(1, expert, tile, step, look)
-            return (number + 1, step), following
+            return number + 1, copies(1, expert, tile, step)
 
         (number, step), piece = walk.fold(grid, sizes, extents, pieces, tile, (jnp.int32(0), jnp.int32(0)))
         if piece is None:
@@ -200,7 +194,7 @@ def _kernel(
 
             @pl.when(piece.pieces == some)
             def _(some=some):
-                drain(empty, copies(some, expert, piece.tile, jnp.int32(0))[0], stages)
+                drain(empty, copies(some, expert, piece.tile, jnp.int32(0)), stages)
 
         heard_all(notes, number + 1)
 

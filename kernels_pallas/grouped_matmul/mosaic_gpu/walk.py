@@ -8,7 +8,6 @@ How many slots there are is found on the walk: a block looks up the end of each 
 lies anyway. The first round is never divided: the look ahead would delay its first copies.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,14 +38,13 @@ class Piece(NamedTuple):
 def fold(
     grid: schedule.Grid, sizes: Any, extents: Any, pieces: tuple[int, ...], body: Callable, init: Any
 ) -> tuple[Any, Piece | None]:
-    """Folds `body(group, tile, carry, look)` over this block's tiles; (carry, the piece that it takes after them).
+    """Folds `body(group, tile, carry)` over this block's tiles; (carry, the piece that it takes after them).
 
     Args:
         grid: what is computed.
         sizes, extents: of the groups, refs.
         pieces: into how many a tile may be cut, the least first; none: it is not, and there is no piece.
-        body: what is done with a whole tile. Gives (carry, what `look()` gave it, which finds the next tile): the body
-            calls it once, when it has time.
+        body: what is done with a whole tile.
         init: the first carry.
     """
     block, mine, count = lax.axis_index("cluster"), lax.axis_index("grid"), lax.axis_size("grid")
@@ -68,15 +66,12 @@ def fold(
         at, _ = state
         return (at.place.turn < grid.groups) & (cut(at) == 1)
 
-    def following(at):
-        first = at.first + count
-        place = seek(at.end, first + mine)
-        return _Round(first, at.end, place, seek(place, first + count - 1) if pieces else place)
-
     def step(state):
         at, carry = state
-        carry, at = body(*tile_of(at.place, at.first + mine), carry, functools.partial(following, at))
-        return at, carry
+        carry = body(*tile_of(at.place, at.first + mine), carry)
+        first = at.first + count
+        place = seek(at.end, first + mine)
+        return _Round(first, at.end, place, seek(place, first + count - 1) if pieces else place), carry
 
     begin = schedule.begin(grid, sizes, extents)
     place = seek(begin, mine)
