@@ -189,15 +189,18 @@ def command(values: flags.FlagValues) -> int:
             limit_steps=values.limit_decode,
         )
         sys.stdout.write("" if values.chat else values.prompt)
-        begin = time.monotonic()
-        for i, piece in enumerate(pieces):
-            if i == 1:
-                begin = time.monotonic()  # the first two tokens waited for the compilation of prefill and step
+        begin = None
+        for piece in pieces:
+            if begin is None and len(made) > 1:
+                begin = time.monotonic()  # the first token, and those of the first program, waited for compilation
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")
-    seconds, rest = time.monotonic() - begin, len(made) - 2
-    rate = f"{rest / seconds:.1f} tokens/s after the first two" if rest > 0 else "too few to time"
+    untimed = 1 + decode.AT_A_TIME
+    rate = "too few to time"
+    if begin is not None and len(made) > untimed:
+        seconds = time.monotonic() - begin
+        rate = f"{(len(made) - untimed) / seconds:.1f} tokens/s after the first {untimed}"
     session.say(f"{len(made)} tokens, {rate}")
     return 0
 

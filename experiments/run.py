@@ -221,7 +221,7 @@ def run_command(
         run = Run(config, corpus, mesh, workdir, origin)
         stack.callback(run.close)
         run.prepare()
-        facts = session.write_env(workdir, config, corpus, shards, origin)
+        facts = session.write_env(workdir, config, corpus, shards, origin, mesh.size)
         say(plan(config))
         epochs = ", ".join(f"{d} {e:.2f} epochs" for d, e in facts["data"]["epochs"].items() if config.train.steps)
         if origin is not None and begins and lost is None:  # limits are all that can differ where some are left out

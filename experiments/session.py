@@ -474,17 +474,19 @@ def write_env(
     corpus: Corpus,
     token_shards: int,
     origin: dict[str, Any] | None = None,
+    devices: int | None = None,
 ) -> dict[str, Any]:
     """Writes ``env.json``: command, commit, device, versions, back end, parameters and data; returns it.
 
     ``sessions`` lists the calls that worked in this folder, the present one last: a run that was continued elsewhere
-    shows it.
+    shows it. ``devices`` is how many of those that are there do the work; None is all.
     """
     before = _stored(workdir / "env.json")
     parameters = count.parameters(config.model)
     facts = {
         "command": command_line(),
         **environment_facts(),
+        **({} if devices is None else {"device_count": devices}),
         "process_count": jax.process_count(),
         "config_hash": config_hash(config),
         "grouped_matmul": grouped_matmul_facts(config, token_shards),

@@ -14,6 +14,9 @@ from moejax.types import Limit
 FUSED_LENGTH = 64
 """Fused attention on a GPU takes prompts of a multiple of this (:mod:`moejax.attention.grouped`): they are padded."""
 
+AT_A_TIME = 8
+"""Tokens that one program makes, unless told otherwise: the host waits for the device once for all of them."""
+
 Sampler = Callable[[Float[Array, "B V"], PRNGKeyArray], Int[Array, "B"]]
 
 
@@ -105,7 +108,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     stop_id: int | tuple[int, ...] | None = None,
     pad_to: int = 0,
-    at_a_time: int = 8,
+    at_a_time: int = AT_A_TIME,
     limits: tuple[Limit, ...] = (),
     limit_steps: bool = False,
 ) -> Iterator[np.ndarray]:

@@ -23,6 +23,7 @@ class Window:
     tokens: Float[np.ndarray, "L"]
     routed: Float[np.ndarray, "L E"]
     entropy_sum: Float[np.ndarray, "L"]
+    overflow: Float[np.ndarray, "L"]
 
     def __add__(self, other: "Window") -> "Window":
         return Window(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
@@ -118,7 +119,9 @@ class Meter:
             row["dropped_share"] = float(moe.dropped.sum() / max(routed.sum(), 1.0))
             if moe.skipped is not None:
                 row["skipped_share"] = float(moe.skipped.sum() / max(routed.sum(), 1.0))
-            row["overflow"] = float(moe.overflow.sum())
+            # Of all steps since the last row: nothing is lost in silence.
+            row["overflow"] = float(window.overflow.sum())
+            row["overflow_share"] = float(window.overflow.sum() / max(window.routed.sum(), 1.0))
             if moe.zero_routed is not None:
                 row["layers"]["zero_share"] = metrics.short(metrics.zero_share(routed, np.asarray(moe.zero_routed)))
             figures = metrics.load_figures(window.routed, window.tokens, window.entropy_sum)
@@ -129,7 +132,9 @@ class Meter:
         return row, window
 
     def _window(self) -> Window | None:
-        kept = [(m.moe.tokens, m.moe.routed, m.moe.entropy_sum) for m in self._pending if m.moe is not None]
+        kept = [
+            (m.moe.tokens, m.moe.routed, m.moe.entropy_sum, m.moe.overflow) for m in self._pending if m.moe is not None
+        ]
         if not kept:
             return None
         sums = (np.sum(np.asarray(leaves, np.float64), axis=0) for leaves in zip(*jax.device_get(kept), strict=True))

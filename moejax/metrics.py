@@ -70,9 +70,9 @@ def load_summary(metrics: MoEMetrics) -> dict[str, list]:
     """Load of each layer's experts, from sums with a leading axis of layers: :func:`load_figures`, and
 
     ``dropped_share`` pairs removed / pairs routed; ``lost_share`` tokens that no expert computed / tokens;
-    ``overflow`` pairs that a static buffer lost. Where a limit halves pairs, ``skipped_share`` is the work of kept
-    pairs that was skipped / pairs routed. Where the layers have zero-computation experts all of these are of
-    the others, and ``zero_share`` is pairs of zero-computation experts / all pairs.
+    ``overflow`` pairs that a static buffer lost, ``overflow_share`` of pairs routed. Where a limit halves pairs,
+    ``skipped_share`` is the work of kept pairs that was skipped / pairs routed. Where the layers have zero-computation
+    experts all of these are of the others, and ``zero_share`` is pairs of zero-computation experts / all pairs.
     """
     m = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), metrics)
     figures = load_figures(m.routed, m.tokens, m.entropy_sum)
@@ -82,6 +82,7 @@ def load_summary(metrics: MoEMetrics) -> dict[str, list]:
             "dropped_share": (m.dropped / np.maximum(m.routed.sum(axis=1), 1.0)).tolist(),
             "lost_share": (m.lost_tokens / np.maximum(m.tokens, 1.0)).tolist(),
             "overflow": m.overflow.tolist(),
+            "overflow_share": (m.overflow / np.maximum(m.routed.sum(axis=1), 1.0)).tolist(),
         }
         | ({} if m.skipped is None else {"skipped_share": (m.skipped / np.maximum(m.routed.sum(axis=1), 1.0)).tolist()})
         | ({} if m.zero_routed is None else {"zero_share": zero_share(m.routed, m.zero_routed).tolist()})

@@ -34,6 +34,7 @@ class TrainProgress:
         self.live = visible and self.console.is_terminal
         self._begin = time.monotonic()
         self._bar: Progress | None = None
+        self._warned = False
 
     def __enter__(self) -> "TrainProgress":
         if self.live:
@@ -70,6 +71,12 @@ class TrainProgress:
         self.note(text, "bold yellow")
 
     def metrics(self, row: dict[str, Any]) -> None:
+        if row.get("overflow_share") and not self._warned:
+            self._warned = True
+            self.warn(
+                f"{row['overflow']:,.0f} pairs up to step {row['step']} found no place in the buffers of the exchange, "
+                "and no expert computed them: raise model.moe.ep_buffer_factor, or set it to 0 (the worst case)"
+            )
         parts = [
             f"loss {row['loss']:.3f}",
             f"bpb {row['bits_per_byte']:.3f}",
@@ -82,6 +89,8 @@ class TrainProgress:
             parts.append(f"dropped {100 * row['dropped_share']:.2f}%")
             if row.get("skipped_share") is not None:  # of halved pairs
                 parts.append(f"skipped {100 * row['skipped_share']:.2f}% of the work")
+            if row.get("overflow_share"):
+                parts.append(f"overflow {100 * row['overflow_share']:.2f}%")
         text = "  ".join(parts)
         if self._bar is not None:  # a line above the bar, which shows the time left itself
             self.note(f"step {row['step']}/{self.total}  {text}")
@@ -118,6 +127,9 @@ def load_cells(row: dict[str, Any]) -> list[list[str]]:
                 return max(part[key]) if key in ("max_over_mean", "dead") else statistics.median(part[key])
 
             cells.append(line(name, f"{part['share']:.1%}", over_layers, f"{statistics.median(part['distance']):.2f}"))
+    if any(lost := row.get("overflow_share", [])):
+        shown = {f"layer {layers[i]}": f"{lost[i]:.2%}" for i in listed}
+        cells = [[*line, "overflow" if i == 0 else shown.get(line[0], "")] for i, line in enumerate(cells)]
     return cells
 
 

@@ -252,6 +252,25 @@ def test_draws_follow_the_seed(workdir: Path, capsys: pytest.CaptureFixture[str]
     assert say("--temperature=2", "--top_k=1") == say()
 
 
+def test_the_speed_is_that_of_tokens_made_after_the_clock_began(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A program makes eight tokens, and takes a second here: the first one's are there when the clock starts."""
+    clock, extend, endless = [0.0], generate.decode.extend, generate.decode.generate
+
+    def slow(*args):
+        clock[0] += 1
+        return extend(*args)
+
+    monkeypatch.setattr(generate.decode, "extend", slow)
+    monkeypatch.setattr(generate.decode, "generate", lambda *args, **more: endless(*args, **more | {"stop_id": None}))
+    monkeypatch.setattr(generate.time, "monotonic", lambda: clock[0])
+    for tokens, told in ((8, "8 tokens, too few to time"), (9, "9 tokens, too few to time"),
+                         (41, "41 tokens, 8.0 tokens/s after the first 9")):  # fmt: skip
+        assert run_generate(f"--checkpoint={workdir}", "--prompt=a", f"--max_new_tokens={tokens}") == 0
+        assert told in capsys.readouterr().err
+
+
 def test_generate_names_what_is_wrong(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     bad = {
         "--checkpoint is missing": ["--prompt=a"],

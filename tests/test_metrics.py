@@ -137,6 +137,14 @@ def test_many_layers_are_shown_by_percentiles_and_the_worst():
     ]  # fmt: skip
 
 
+def test_pairs_that_a_buffer_lost_have_a_column_where_there_are_any():
+    loads = sums([EVEN, SKEWED], 60)
+    assert "overflow" not in load_cells(metrics.load_row({"a": loads}) | {"layers": [1, 3]})[0]
+    lost = dataclasses.replace(loads, overflow=np.array([0.0, sum(SKEWED) / 4]))
+    cells = load_cells(metrics.load_row({"a": lost}) | {"layers": [1, 3]})
+    assert [line[-1] for line in cells] == ["overflow", "0.00%", "25.00%", ""]
+
+
 def report(workdir: Path, lines: list[dict]) -> str:
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return build_report([workdir]).read_text()

@@ -116,7 +116,7 @@ def test_rows_of_the_table(finished: Path):
         assert row.batch_shape == (8, 32) and row.scale == "custom"
         for field in ("config_hash", "data_hash", "checkpoint_hash", "command", "device", "versions", "time"):
             assert getattr(row, field), f"{row.row}: {field}"
-        assert row.device_count == jax.device_count()
+        assert (row.device_count, jax.device_count()) == (1, 8)  # of the mesh, not of the machine
         assert len(row.values_by_seed) == 1 and row.value == pytest.approx(row.values_by_seed[0])
 
 
@@ -540,3 +540,28 @@ def test_tasks_of_an_earlier_evaluation_are_in_no_row_of_one_without(tmp_path: P
     made = {row.metric: row for row in training_rows(tmp_path)}
     assert [name for name in made if name.startswith("acc")] == expected
     assert made["bits_per_byte/a"].batch_shape == (4, 8)
+
+
+def test_speed_is_that_of_the_last_call_that_trained(tmp_path: Path):
+    """Two calls with other devices, and a third that evaluates only."""
+    config = {"name": "c", "scale": "tiny", "train": {"seed": 0, "batch_size": 2}, "data": {"seq_len": 8},
+              "eval": {"batch_size": 4}, "model": {"moe": {"capacity_factor": 0.0}}}  # fmt: skip
+    call = {"command": "run", "commit": "c", "dirty": False, "device": "cpu", "versions": {}}
+    sessions = [call | {"device_count": n, "from_step": step} for n, step in ((8, 0), (2, 4), (1, 8))]
+    facts = {**sessions[-1], "config_hash": "0" * 12, "data": {"hash": "a", "epochs": 1.0}, "sessions": sessions,
+             "grouped_matmul": {"implementation": "ref"}}  # fmt: skip
+    # The first call came to step 6 and was killed: steps 5 and 6 were done again.
+    speeds = [(2, 100.0), (4, 110.0), (6, 120.0), (6, 10.0), (8, 14.0)]
+    lines = [{"kind": "train", "step": step, "tokens": 9, "time": 1.0, "tokens_per_s": speed, "mfu": speed / 1e3}
+             for step, speed in speeds]  # fmt: skip
+    lines.append({"kind": "final", "step": 8, "split": "test", "bits_per_byte": {"a": 2.0}, "ngram": {}})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, value in (("config", config), ("env", facts)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    made = {row.metric: row for row in training_rows(tmp_path)}
+    assert made["tokens_per_s"].value == 12.0 and made["mfu"].value == pytest.approx(0.012)
+    assert made["tokens_per_s"].extra["steps"] == [6, 8] and made["tokens_per_s"].device_count == 2
+    assert made["bits_per_byte/a"].device_count == 1
+    older = [{name: value for name, value in entry.items() if name != "from_step"} for entry in sessions]
+    (tmp_path / "env.json").write_text(json.dumps(facts | {"sessions": older}))
+    assert {row.metric: row for row in training_rows(tmp_path)}["tokens_per_s"].value == 57.0  # of 100, 110, 10 and 14

@@ -327,6 +327,23 @@ def test_meter_means_and_rates(plain: Trainer, three_steps: tuple, monkeypatch: 
     assert set(row["aux"]) == {"balance", "z"}
 
 
+def test_meter_sums_what_static_buffers_lost(three_steps: tuple, capsys: pytest.CaptureFixture):
+    """Of every step since the last row, not of the last one alone; a reader is told, and warned once."""
+    meter, shown = Meter(flops_per_token=5.0, peak=1000.0), TrainProgress(9, 0)
+    routed = sum(float(m.moe.routed.sum()) for m in three_steps[1])
+    for lost in ((2, 3, 0), (0, 0, 0), (1, 0, 0)):
+        for metrics, of_step in zip(three_steps[1], lost, strict=True):
+            overflow = jnp.zeros_like(metrics.moe.overflow).at[0].set(of_step)
+            meter.add(dataclasses.replace(metrics, moe=dataclasses.replace(metrics.moe, overflow=overflow)))
+        row, _ = meter.row()
+        assert row["overflow"] == sum(lost) and row["overflow_share"] == pytest.approx(sum(lost) / routed)
+        shown.metrics(row | {"step": 3})
+    said = capsys.readouterr().err.splitlines()
+    assert [("overflow 0." in line, "raise model.moe.ep_buffer_factor" in line) for line in said] == [
+        (False, True), (True, False), (False, False), (True, False)
+    ]  # fmt: skip
+
+
 def test_meter_counts_what_halved_pairs_skip(three_steps: tuple, capsys: pytest.CaptureFixture):
     meter = Meter(flops_per_token=5.0, peak=1000.0)
     last = three_steps[1][-1]

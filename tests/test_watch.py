@@ -37,11 +37,19 @@ def window(*shares: float, entropy: float = 1.0, layers: int = 1, steps: int = 1
     """Experts that get ``shares`` of the tokens; the others divide what is left of K choices evenly."""
     rest = (K - sum(shares)) / (EXPERTS - len(shares))
     routed = np.array([*shares, *[rest] * (EXPERTS - len(shares))]) * tokens
-    return Window(steps, np.full(layers, tokens), np.tile(routed, (layers, 1)), np.full(layers, tokens * entropy))
+    return Window(
+        steps,
+        np.full(layers, tokens),
+        np.tile(routed, (layers, 1)),
+        np.full(layers, tokens * entropy),
+        np.zeros(layers),
+    )
 
 
 def layered(*windows: Window) -> Window:
-    leaves = (np.concatenate([getattr(w, name) for w in windows]) for name in ("tokens", "routed", "entropy_sum"))
+    leaves = (
+        np.concatenate([getattr(w, name) for w in windows]) for name in ("tokens", "routed", "entropy_sum", "overflow")
+    )
     return Window(windows[0].steps, *leaves)
 
 

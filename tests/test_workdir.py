@@ -156,6 +156,8 @@ def test_env_json_keeps_every_session(
 ):
     workdir = shutil.copytree(finished, workspace / "moved" / "elsewhere")  # and it may move
     (first,) = env(workdir)["sessions"]
+    # of the devices that are there, those of the mesh
+    assert (env(workdir)["device_count"], jax.device_count()) == (1, 8)
     assert first["from_step"] == 0 and {"time", "host", "commit", "device", "versions", "command"} <= set(first)
     facts = session.environment_facts
     monkeypatch.setattr(session, "environment_facts", lambda: {**facts(), "device": "another", "commit": "c0ffee"})
