@@ -182,7 +182,7 @@ class JsonlWriter:
         These are rows of later steps, those of a last evaluation that did not end, and lines that were cut off.
         """
         self._file.flush()
-        text = self.path.read_text(encoding="utf-8")
+        text = _text(self.path)
         kept = [(line, row) for line in text.split("\n") if (row := _row(line)) is not None]
         kept = [(line, row) for line, row in kept if not (isinstance(row.get("step"), int) and row["step"] > step)]
         while kept and kept[-1][1].get("kind") in BEFORE_FINAL:
@@ -201,6 +201,11 @@ BEFORE_FINAL = ("final_load", "tasks")
 """Kinds of rows that the last evaluation writes before its row ``final``."""
 
 
+def _text(path: Path) -> str:
+    """Bytes that are no UTF-8 (a damaged disk, a line cut within a character) end no command."""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
 def _row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
@@ -210,14 +215,8 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a line cut off at the end (a writer was stopped) is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """Rows of a metrics file; a line cut off at the end (a writer was stopped), or damaged, is left out."""
+    return [row for line in _text(Path(path)).split("\n") if (row := _row(line)) is not None]
 
 
 def peak_flops(devices: int) -> tuple[float, str]:

@@ -97,6 +97,10 @@ class TokenClass:
     count: int = static(0)
 
 
+VIRTUAL = "virtual_rank"
+"""Axis over virtual ranks."""
+
+
 @pytree
 class RouteContext:
     """All that a router or a limit sees beside its own arguments.
@@ -120,7 +124,8 @@ class RouteContext:
     loads: Float[Array, "E"] | None = None
     """Pairs for each expert, over all ranks where a collective has made them."""
     axis_name: str | None = static(None)
-    """Axis over the ranks of expert parallelism, real or virtual, for collectives; None on one rank."""
+    """Axis over the ranks of expert parallelism, real or :data:`VIRTUAL`; None on one rank. What is summed over it is
+    summed by ``moejax.limits.pieces.over_ranks``: over virtual ranks of several devices JAX has no collectives."""
     expert_dim: int = static(0)
     """Hidden width F of a routed expert; 0: not known."""
     train: bool = static(False)

@@ -39,6 +39,25 @@ def test_virtual_ranks_decide_as_real_ones_do(name: str, monkeypatch: pytest.Mon
     assert float(real[0][1].dropped) > 0
 
 
+SUMMED = {
+    "measured_budget": limits.measured_budget(loads="all"),
+    "paper": limits.threshold_drop(0.3, load_aware="paper"),
+    "water": limits.threshold_drop(0.3, load_aware="water"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("measured_budget", "paper")), "water"]
+)
+def test_virtual_ranks_of_several_devices_sum_over_ranks_as_real_ones_do(name: str):
+    limit = (SUMMED[name],)
+    with quick_compilation():
+        real = ranks.on((2, 2, 1), fakes.small_layer(dispatcher="ep"), limit)
+        virtual = ranks.on((2, 1, 1), fakes.small_layer(virtual_ranks=2), limit)
+    ranks.assert_same_decisions(virtual, real)
+    assert float(real[0][1].dropped) > 0
+
+
 def test_zero_computation_experts_compile_on_real_ranks():
     """XLA crashed, and the process with it, where ``limits.apply`` gave their pairs back by setting a slice."""
     limit = (limits.token_drop(0.75),)

@@ -151,6 +151,16 @@ def test_rows_that_come_again_are_taken_out(tmp_path: Path):
         assert path.read_text().splitlines()[-1] == '{"kind": "new"}'
 
 
+def test_bytes_that_are_no_text_in_the_metrics_are_left_out(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "step": 1}\n\xff\xfe{\n{"kind": "train", "step": 2}\n{"kind": "tr\xe2')
+    assert [row["step"] for row in metrics.read_metrics(path)] == [1, 2]
+    writer = metrics.JsonlWriter(path)
+    writer.forget_after(1)
+    writer.close()
+    assert path.read_bytes() == b'{"kind": "train", "step": 1}\n'
+
+
 def test_env_json_keeps_every_session(
     finished: Path, workspace: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -14,10 +14,7 @@ from jaxtyping import Array, Float
 
 from moejax.config import ConfigError
 from moejax.dispatch.shards import AXIS, shard_index
-from moejax.types import RouteContext, Routing
-
-VIRTUAL = "virtual_rank"
-"""Axis over virtual ranks, for what limits ask of the other ranks."""
+from moejax.types import VIRTUAL, RouteContext, Routing
 
 Decide = Callable[[Array, RouteContext], tuple[Routing, Routing]]
 """``(tokens [t, D], their context) -> (what the router made, what limits kept)``, of one rank."""

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ConfigError
 from moejax.routing import computing, count_by_expert
-from moejax.types import RouteContext, Routing
+from moejax.types import VIRTUAL, RouteContext, Routing
 
 DropOrder = Literal["score", "order", "reverse", "random"]
 Rounding = Literal["floor", "ceil", "at_least_one"]
@@ -154,7 +155,22 @@ def best_of_token(routing: Routing) -> Bool[Array, "R K"]:
 
 def over_ranks(counts: Array, ctx: RouteContext) -> Array:
     """The sum of what each rank of expert parallelism counted, real or virtual; on one rank the counts themselves."""
+    if ctx.axis_name == VIRTUAL:
+        return _over_virtual_ranks(counts)
     return counts if ctx.axis_name is None else jax.lax.psum(counts, ctx.axis_name)
+
+
+@jax.custom_batching.custom_vmap
+def _over_virtual_ranks(counts: Array) -> Array:
+    """A psum over the innermost `jax.vmap`: JAX takes a named one for an axis of the mesh inside `shard_map`."""
+    return counts
+
+
+@_over_virtual_ranks.def_vmap
+def _sum_of_ranks(ranks: int, batched: list[bool], counts: Array) -> tuple[Array, bool]:
+    if not batched[0]:
+        return counts * ranks, False
+    return jnp.broadcast_to(jnp.sum(counts, axis=0, dtype=counts.dtype), counts.shape), True
 
 
 def mean_load(routing: Routing, ctx: RouteContext) -> Float[Array, ""]:
