@@ -14,7 +14,7 @@ import hashlib
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from experiments.training_rows import training_rows
 from moejax import checkpoint, count, metrics, pretrained, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, config_hash
 from moejax.data import Corpus, load_corpus, train_iterator
-from moejax.evaluate import evaluate_tasks, narrow_rows, prepare
+from moejax.evaluate import Request, evaluate_tasks, narrow_rows, prepare, request_batches
 from moejax.loop import Run, check_origin, resolve_vocab
 from moejax.ngram import ngram_baseline
+from moejax.plan import cut_by_virtual_ranks
 from moejax.progress import show_load
 from moejax.results import append_rows, read_rows
 from moejax.tasks import Task, continuation_task, load_task
@@ -40,11 +41,11 @@ NGRAM_TRAIN_BYTES = 8_000_000
 """Bytes of each domain that the n-gram baselines are fitted on, at most."""
 
 
-def load_tasks(config: ExperimentConfig, corpus: Corpus) -> list[Task]:
+def load_tasks(config: ExperimentConfig, corpus: Corpus, token_shards: int) -> list[Task]:
     """The tasks that ``eval.tasks`` names; "builtin" is cut from the corpus's held-out text.
 
     Raises:
-      ConfigError: a task that cannot be used, or two of one name.
+      ConfigError: a task that cannot be used, two of one name, or batches that virtual ranks cannot share.
     """
     tasks, files = [], dict[str, str]()
     for name in config.eval.tasks:
@@ -63,8 +64,21 @@ def load_tasks(config: ExperimentConfig, corpus: Corpus) -> list[Task]:
             )
         files[tasks[-1].name] = file
     for task in tasks:  # an unusable task is an error now, not after the training
-        prepare(task, corpus.tokenizer, config.data.seq_len)
+        asked = prepare(task, corpus.tokenizer, config.data.seq_len)
+        if config.model.moe.virtual_ranks > 1 and validate.has_experts(config.model):
+            _check_ranks_of(task, asked.requests, config, token_shards)
     return tasks
+
+
+def _check_ranks_of(task: Task, requests: Sequence[Request], config: ExperimentConfig, token_shards: int) -> None:
+    """Raises ConfigError where virtual ranks do not divide the batches of a task, whose rows are shorter than texts."""
+    sizes, short = config.eval.batch_size, narrow_rows(config.model.attention.rope)
+    for batch, _ in request_batches(requests, sizes, config.data.seq_len, short):
+        rows, width = batch["tokens"].shape
+        what = f"a batch of task {task.name!r} in {rows} rows of {width}"
+        tokens = rows // sizes * width  # for each sequence that eval.batch_size counts
+        for problem in cut_by_virtual_ranks(config, "eval.batch_size", sizes, tokens, token_shards, what):
+            raise ConfigError(str(problem))
 
 
 def task_hash(task: Task) -> str:
@@ -208,10 +222,10 @@ def run_command(
         )
     if config.train.steps:  # raises where text is too short
         train_iterator(corpus, batch_size=config.train.batch_size, seed=config.train.seed)
-    tasks = load_tasks(config, corpus)
+    tasks = load_tasks(config, corpus, shards)
     session.grouped_matmul_facts(config, shards)
     read_rows(workdir / "results.jsonl")  # a broken line is an error now, not after the training
-    origin = session.begin_from(workdir, config)
+    origin = session.begin_from(workdir, config, corpus)
     begins = origin is not None and not checkpoint.steps_in(workdir / "checkpoints")
     if begins:
         check_origin(origin, config, corpus)

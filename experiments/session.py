@@ -48,6 +48,9 @@ FULL = {
     errno.EDQUOT: "the disk is full",
     errno.EFBIG: "a file may not become that large here (ulimit -f, or the file system)",
 }
+BEGUN = ("config.json", "env.json")
+"""What a call writes into a workdir before it has made anything; :data:`LOCK`, ``metrics.jsonl`` and ``checkpoints``
+are then empty."""
 LOCK = ".lock"
 """File in a workdir in use, locked by the process that uses it; it names that process."""
 
@@ -233,7 +236,7 @@ def read_config(config_dict: Any) -> ExperimentConfig:
 @contextlib.contextmanager
 def open_workdir(workdir: Path, config: ExperimentConfig, corpus: Corpus) -> Generator[None]:
     """Makes the folder, keeps other processes out of it, and writes ``config.json``, unless it holds a run with another
-    config or other texts.
+    config or other texts. One that has made nothing yet gives way.
 
     Raises:
       ConfigError: the folder cannot be written, is in use, or holds another run; the message lists what differs.
@@ -243,7 +246,11 @@ def open_workdir(workdir: Path, config: ExperimentConfig, corpus: Corpus) -> Gen
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_alone(workdir))
             different = _other_run(workdir, config, corpus)
-            if different:
+            if different and _made_nothing(workdir):
+                say(f"note: --workdir={workdir} was begun with another config, which made nothing: it is begun anew")
+                if jax.process_index() == 0:
+                    (workdir / "env.json").unlink(missing_ok=True)  # of that other run
+            elif different:
                 raise ConfigError(
                     f"--workdir={workdir} holds a run with another config: {'; '.join(different[:8])}. "
                     "Use another --workdir, or the old settings to continue that run."
@@ -329,6 +336,20 @@ def _other_run(workdir: Path, config: ExperimentConfig, corpus: Corpus) -> list[
         if before.get(name, value) != value:
             different.append(f"the {what}: hash was {before[name]}, is {value} ({root})")
     return different
+
+
+def _made_nothing(workdir: Path) -> bool:
+    """Whether the run of a workdir ended before its first row and its first checkpoint. Anything that such a run does
+    not leave, also something half-written or a file of the user's, is a no."""
+    for path in workdir.iterdir():
+        if path.name in BEGUN or path.name == LOCK:
+            continue
+        if path.name == "metrics.jsonl" and path.is_file() and not path.stat().st_size:
+            continue
+        if path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()):
+            continue
+        return False
+    return True
 
 
 def _scored(config: ExperimentConfig) -> tuple[str, ...]:
@@ -441,9 +462,11 @@ def grouped_matmul_facts(config: ExperimentConfig, token_shards: int) -> dict[st
     return {"implementation": explanation.chosen, "refused": explanation.refusals, "rows": pairs}
 
 
-def begin_from(workdir: Path, config: ExperimentConfig) -> dict[str, Any] | None:
+def begin_from(workdir: Path, config: ExperimentConfig, corpus: Corpus) -> dict[str, Any] | None:
     """Which weights the run of a workdir begins from (:func:`moejax.pretrained.origin`): those that ``init_from`` meant
     when the workdir was begun, so that a later call, or a later seed, begins from the same. None: from none.
+
+    A run that :func:`open_workdir` will begin anew begins from what ``init_from`` means now.
 
     Raises:
       ConfigError: ``init_from`` leads to no finished checkpoint.
@@ -451,6 +474,8 @@ def begin_from(workdir: Path, config: ExperimentConfig) -> dict[str, Any] | None
     if not config.init_from:
         return None
     known = _stored(workdir / "env.json").get("init_from")
+    if known and _made_nothing(workdir) and _other_run(workdir, config, corpus):
+        known = None
     if known or checkpoint.steps_in(workdir / "checkpoints"):
         return known  # a run under way needs it no more
     return pretrained.origin(config.init_from)

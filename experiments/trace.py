@@ -65,7 +65,11 @@ def mesh_of(config: ExperimentConfig) -> jax.sharding.Mesh:
     Raises:
       ConfigError: devices that are not there, or that do not divide a batch.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    try:
+        mesh = sharding.make_mesh(config.mesh)
+    except ConfigError as error:  # its way out is fields, and those who call this have a flag
+        what, _, _ = str(error).partition(": ")
+        raise ConfigError(f"{what}: --devices=1 reads batches on one device, --devices=N on N of them") from error
     ranks, size = sharding.token_shards(mesh), config.eval.batch_size
     if size % ranks:
         raise ConfigError(

@@ -91,10 +91,12 @@ def _squared_cv(x: Float[Array, "E"]) -> Float[Array, ""]:
 
 
 def check(config: MoEConfig) -> None:
-    """Raises ConfigError for an unknown loss or one that the router cannot feed."""
+    """Raises ConfigError for an unknown loss, one that the router cannot feed, or a coefficient that is no weight."""
     for name, coefficient in config.losses:
         if name not in LOSSES:
             raise ConfigError(f"moe.losses.{name}: unknown loss; choose among {', '.join(sorted(LOSSES))}")
+        if not 0 <= coefficient < float("inf"):
+            raise ConfigError(f"moe.losses.{name}={coefficient}: must be a finite number, 0 or more")
         if coefficient and name in NEEDS_NOISE and not FAMILIES[config.router.name].noisy:
             noisy = ", ".join(n for n, f in sorted(FAMILIES.items()) if f.noisy)
             raise ConfigError(

@@ -1,10 +1,11 @@
 """Checks across fields, made before anything compiles and before any file is touched."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
-from moejax import attention, limits, losses, routing
+from moejax import attention, limits, losses, plan, routing
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig, MoEConfig
 from moejax.dispatch import DISPATCHERS, resolve
 from moejax.model import moe_layer_ids
@@ -12,7 +13,7 @@ from moejax.model import moe_layer_ids
 AT_LEAST = {
     "train.steps": 0, "train.batch_size": 1, "train.accumulate": 1, "train.log_every": 1, "train.eval_every": 1,
     "train.checkpoint_every": 1, "train.keep_checkpoints": 1, "train.weight_decay": 0, "train.final_fraction": 0,
-    "train.mtp_weight": 0,
+    "train.mtp_weight": 0, "train.b1": 0, "train.b2": 0,
     "eval.batch_size": 1, "eval.max_tokens": 0, "eval.final_max_tokens": 0, "eval.task_limit": 0,
     "watch.dead_experts": 0, "watch.min_load_entropy": 0, "watch.max_busiest": 0, "watch.min_router_entropy": 0,
     "watch.min_pairs": 1,
@@ -22,9 +23,11 @@ MODEL_AT_LEAST = {
     "vocab_size": 0, "num_layers": 1, "dim": 1, "ffn_dim": 1, "logit_softcap": 0, "init_scale": 0,
     "attention.num_heads": 1, "attention.num_kv_heads": 1, "attention.head_dim": 1,
     "moe.first_dense": 0, "moe.every": 1, "moe.shared_experts": 0, "moe.capacity_factor": 0, "moe.router.jitter": 0,
-    "moe.shared_dim": 0, "moe.zero_experts": 0, "mtp_layers": 0,
+    "moe.router.bias_update_rate": 0, "moe.shared_dim": 0, "moe.zero_experts": 0, "mtp_layers": 0,
     "moe.ep_buffer_factor": 0, "moe.ep_chunks": 1, "moe.virtual_ranks": 1, "moe.parts": 1,
 }  # fmt: skip
+BELOW_ONE = {"train.b1", "train.b2", "moe.router.jitter"}
+"""Of these, the fields that must also be below 1."""
 
 
 def check(config: ExperimentConfig) -> None:
@@ -96,6 +99,10 @@ def _ranges(config: Any, least: Mapping[str, int], prefix: str) -> None:
         value = functools.reduce(getattr, path.split("."), config)
         if not value >= low:  # also refuses NaN
             raise ConfigError(f"{prefix}{path}={value}: must be {low} or more")
+        if value == float("inf"):
+            raise ConfigError(f"{prefix}{path}={value}: must be a finite number, {low} or more")
+        if path in BELOW_ONE and not value < 1:
+            raise ConfigError(f"{prefix}{path}={value}: must be {low} or more, and below 1")
 
 
 def has_experts(config: ModelConfig) -> bool:
@@ -122,8 +129,9 @@ def check_model(config: ModelConfig) -> None:
     attention.check(config)
     moe = config.moe
     _check_placement(config)
-    if not 0 < config.logit_scale < float("inf"):
-        raise ConfigError(f"model.logit_scale={config.logit_scale}: must be a finite number above 0; 1 changes nothing")
+    for name, value in (("logit_scale", config.logit_scale), ("moe.router.scale", moe.router.scale)):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"model.{name}={value}: must be a finite number above 0; 1 changes nothing")
     if config.sandwich_norm and config.wiring != "standard":
         raise ConfigError(
             f"model.sandwich_norm=True with model.wiring={config.wiring!r}: its blocks have no norm after attention "
@@ -163,8 +171,6 @@ def check_model(config: ModelConfig) -> None:
 
 
 def _check_ranks(moe: MoEConfig) -> None:
-    if moe.ep_buffer_factor == float("inf"):
-        raise ConfigError("moe.ep_buffer_factor=inf: must be a finite number; 0 reserves the worst case")
     _check_divides(moe, f"moe.virtual_ranks={moe.virtual_ranks}", moe.virtual_ranks)
     limits.check_ranks(limits.of_config(moe), moe, moe.virtual_ranks)
     if moe.dispatcher != "ep":
@@ -174,6 +180,11 @@ def _check_ranks(moe: MoEConfig) -> None:
                     f"moe.{name}={getattr(moe, name)!r} is a setting of moe.dispatcher='ep', and that is "
                     f"{moe.dispatcher!r}, which exchanges nothing: set it to 'ep', or {name}={default!r}"
                 )
+    if moe.ep_exchange != "chunked" and moe.ep_chunks != MoEConfig.ep_chunks:
+        raise ConfigError(
+            f"moe.ep_chunks={moe.ep_chunks} is a setting of moe.ep_exchange='chunked', and that is "
+            f"{moe.ep_exchange!r}: set it to 'chunked', or ep_chunks={MoEConfig.ep_chunks}"
+        )
     if moe.ep_send == "tokens" and not routing.FAMILIES[moe.router.name].causal:
         raise ConfigError(
             f"moe.ep_send='tokens' sends each token once, and with router.name={moe.router.name!r} experts choose, so "
@@ -206,23 +217,13 @@ def _check_real_ranks(config: ExperimentConfig) -> None:
 def check_devices(config: ExperimentConfig, token_shards: int) -> None:
     """What is known only with the devices in hand: divisibility, and what the platform has.
 
+    ``token_shards``: devices of the mesh's axes data and expert.
+
     Raises:
-      ConfigError: with the field, the value and a way out.
+      ConfigError: all that does not divide, each with the field, the value and a way out.
     """
     if config.model.moe.dispatcher == "ep" and config.mesh.expert > 1 and has_experts(config.model):
         resolve(config.model.moe.ep_exchange)
-    micro = config.train.batch_size // config.train.accumulate
-    if micro % token_shards:
-        raise ConfigError(
-            f"train.batch_size={config.train.batch_size} / train.accumulate={config.train.accumulate} = {micro} "
-            f"sequences do not divide over {token_shards} devices (mesh data x expert): choose a multiple of "
-            f"{token_shards * config.train.accumulate}"
-        )
-    for name, size in (
-        ("eval.batch_size", config.eval.batch_size),
-        ("table.batch_size", config.table.batch_size),
-    ):
-        if size % token_shards:
-            raise ConfigError(
-                f"{name}={size} does not divide over {token_shards} devices: choose a multiple of {token_shards}"
-            )
+    mesh = dataclasses.replace(config.mesh, data=token_shards // config.mesh.expert)
+    if found := plan.problems(config, mesh):
+        raise ConfigError("; ".join(str(problem) for problem in found))

@@ -115,6 +115,25 @@ def test_the_default_config_is_valid():
             for path, low in validate.MODEL_AT_LEAST.items()
         ),
         ("train.weight_decay", float("nan"), "train.weight_decay=nan: must be 0 or more"),
+        ("train.weight_decay", float("inf"), "train.weight_decay=inf: must be a finite number, 0 or more"),
+        *((f"train.{b}", 1.0, rf"train.{b}=1.0: must be 0 or more, and below 1") for b in ("b1", "b2")),
+        ("train.b2", float("nan"), "train.b2=nan: must be 0 or more"),
+        *(
+            (f"model.moe.router.{name}", value, rf"model.moe.router.{name}={value}: must be {rule}")
+            for name, value, rule in (
+                ("scale", float("nan"), "a finite number above 0"),
+                ("scale", float("inf"), "a finite number above 0"),
+                ("scale", 0.0, "a finite number above 0"),
+                ("jitter", float("nan"), "0 or more"),
+                ("jitter", 1.0, "0 or more, and below 1"),
+                ("bias_update_rate", float("nan"), "0 or more"),
+                ("bias_update_rate", float("inf"), "a finite number, 0 or more"),
+            )
+        ),
+        *(
+            ("model.moe.losses", {name: value}, f"moe.losses.{name}={value}: must be a finite number, 0 or more")
+            for name, value in (("balance", -0.01), ("balance", float("nan")), ("z", float("inf")))
+        ),
         ("train.learning_rate", 0.0, "train.learning_rate=0.0: must be a finite number above 0"),
         ("train.learning_rate", float("nan"), "train.learning_rate=nan"),
         ("train.clip_norm", 0.0, "train.clip_norm=0.0: must be above 0"),
@@ -145,6 +164,12 @@ def test_the_default_config_is_valid():
         ),
         ("model.moe.ep_buffer_factor", 1.5, "ep_buffer_factor=1.5 is a setting of moe.dispatcher='ep'"),
         ("model.moe", {"dispatcher": "ep", "ep_buffer_factor": float("inf")}, "ep_buffer_factor=inf: must be a finite"),
+        ("model.moe.ep_chunks", 3, "ep_chunks=3 is a setting of moe.ep_exchange='chunked', and that is 'auto'"),
+        (
+            "model.moe",
+            {"dispatcher": "ep", "ep_exchange": "padded", "ep_chunks": 3},
+            "ep_chunks=3 is a setting of moe.ep_exchange='chunked', and that is 'padded': set it to 'chunked', or",
+        ),
         (
             "model.moe",
             {"dispatcher": "ep", "ep_exchange": "chunked", "router": {"name": "expert_choice", "noncausal": "allow"}},
@@ -191,12 +216,53 @@ def test_a_model_without_experts_needs_no_valid_router():
 def test_check_devices():
     config = changed("train.accumulate", 2)
     validate.check_devices(config, 8)
-    with pytest.raises(ConfigError, match=r"= 8 sequences do not divide over 3 devices .*multiple of 6"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train\.batch_size=16 not divisible by train\.accumulate=2 x 3 devices .*multiple of 6; eval",
+    ):
         validate.check_devices(config, 3)
-    with pytest.raises(ConfigError, match=r"eval\.batch_size=12 does not divide over 8 devices"):
+    with pytest.raises(ConfigError, match=r"^eval\.batch_size=12 not divisible by 8 devices"):
         validate.check_devices(changed("eval.batch_size", 12), 8)
-    with pytest.raises(ConfigError, match=r"table\.batch_size=12 does not divide over 8 devices"):
+    with pytest.raises(ConfigError, match=r"^table\.batch_size=12 not divisible by 8 devices"):
         validate.check_devices(changed("table.batch_size", 12), 8)
+    with pytest.raises(ConfigError, match=r"^model\.attention\.num_heads=4 not divisible by mesh axis 'model'=8"):
+        validate.check_devices(changed("mesh.model", 8), 1)
+
+
+VIRTUAL = {"model": {"moe": {"virtual_ranks": 8}}, "train": {"batch_size": 16}, "data": {"seq_len": 30}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shards", "message"),
+    [
+        ({}, 4, ""),  # 120 tokens in all batches on a device
+        ({}, 8, r"=8 does not divide the 60 tokens of a training micro-batch on a device, 2 x 30 .* a multiple of 32"),
+        (
+            {"train": {"batch_size": 48, "accumulate": 4}},
+            2,
+            r"the 180 tokens of a training micro-batch on a device, 6 x 30 with train\.batch_size=48 and "
+            r"data\.seq_len=30: choose a divisor of 180, or train\.batch_size as a multiple of 32",
+        ),
+        (
+            {"eval": {"batch_size": 5}},
+            1,
+            r"^model\.moe\.virtual_ranks=8 does not divide the 150 tokens of an evaluation batch on a device, 5 x 30 "
+            r"with eval\.batch_size=5 and data\.seq_len=30: choose a divisor of 150, or eval\.batch_size as a "
+            r"multiple of 4$",
+        ),
+        ({"table": {"batch_size": 5}}, 1, ""),  # there is no table
+        ({"table": {"batch_size": 5, "name": "dualsparse"}}, 1, r"the 150 tokens of a table's batch on a device"),
+        ({"train": {"batch_size": 5, "steps": 0}, "init_from": "there"}, 1, ""),  # nothing is trained
+        ({"model": {"moe": {"virtual_ranks": 8, "first_dense": 2}}, "eval": {"batch_size": 5}}, 1, ""),  # no experts
+    ],
+)
+def test_virtual_ranks_divide_the_tokens_of_every_batch(changes: dict[str, Any], shards: int, message: str):
+    config = from_mapping(ExperimentConfig, {**VIRTUAL, **changes})
+    validate.check(config)
+    if not message:
+        return validate.check_devices(config, shards)
+    with pytest.raises(ConfigError, match=message):
+        validate.check_devices(config, shards)
 
 
 # --- config files -------------------------------------------------------------------------------------------------

@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals  # what print_saved_residuals prints
 
 from experiments import run, session
 from moejax import count, losses, plan, sharding, validate
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, MoEConfig, RouterConfig
-from moejax.model import layer_groups, moe_layer_ids
+from moejax.model import build, layer_groups, moe_layer_ids
 from moejax.plan import activations, communication, compiled, memory, sizes, text
 from moejax.plan.compiled import collective_bytes
 from moejax.routing import FAMILIES
 from moejax.train import Trainer
-from tests.small import LAB, MODELS, VARIANTS, ZOO, load
+from tests.small import LAB, MODELS, VARIANTS, ZOO, load, with_vocab
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE = MeshConfig(data=1)
@@ -417,6 +418,28 @@ def test_what_a_run_refuses_is_a_problem_and_what_it_takes_is_none():
             assert plan.problems(asked, mesh), mesh
         else:
             assert plan.problems(asked, mesh) == [], mesh
+
+
+def test_problems_of_the_axis_model_are_those_of_placing_the_arrays():
+    """A run is refused for a problem before any array is made: of every config, they name what cannot be placed."""
+    for module, variant in VARIANTS:
+        config = load(module, variant)
+        model = with_vocab(config.model, VOCAB)
+        arrays = nnx.state(nnx.eval_shape(lambda model=model: build(model)))
+        for devices in (2, 3, 8):
+            mesh = jax.sharding.AbstractMesh((1, 1, devices), sharding.MESH_AXES)
+            found = plan.problems(config, MeshConfig(data=1, model=devices))
+            with contextlib.nullcontext() if not found else pytest.raises(ConfigError, match="mesh axis 'model'"):
+                sharding.tree_shardings(arrays, mesh)
+
+
+def test_virtual_ranks_that_cut_a_batch_are_a_problem():
+    config = tiny(moe={"virtual_ranks": 2}, train={"batch_size": 2})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=33))
+    assert plan.problems(config, MeshConfig(data=1)) == []
+    (problem,) = plan.problems(config, MeshConfig(data=2))
+    assert problem.field == "model.moe.virtual_ranks"
+    assert "does not divide the 33 tokens of a training micro-batch on a device" in problem.text
 
 
 def test_meshes_as_text():

@@ -396,7 +396,15 @@ MISTAKES = {
     "batch and micro-batches": (["--config=@", "--config.train.accumulate=3"], "batch_size=8 is not divisible by"),
     "batch and devices": (
         ["--config=@", "--config.mesh.data=8", "--config.train.batch_size=12"],
-        "= 12 sequences do",
+        "batch_size=12 not divisible by",
+    ),
+    "heads and devices": (
+        ["--config=@", "--config.mesh.model=4"],
+        "model.attention.num_heads=2 not divisible by mesh axis 'model'=4: .*num_kv_heads=2 not divisible by",
+    ),
+    "validation and virtual ranks": (
+        ["--config=@", "--config.model.moe.virtual_ranks=4", "--config.data.seq_len=30", "--config.eval.batch_size=5"],
+        "virtual_ranks=4 does not divide the 150 tokens of an evaluation batch .* eval.batch_size=5 and data.seq_len",
     ),
     "experts and devices": (["--config=@", "--config.mesh.expert=3"], "num_experts=4 not divisible by mesh axis"),
     "too many devices": (["--config=@", "--config.mesh.data=64"], "needs 64 devices, 8 are there"),
@@ -448,8 +456,26 @@ def test_two_tasks_of_one_name(workspace: Path, command: list[str], tmp_path: Pa
     write_task(other, [{"kind": "multiple_choice", "task": "another"}, *QUESTIONS])  # what it says to do
     config = session.read_config(load_plain(workspace / "small_config.py"))
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tasks=(str(one), str(other))))
-    tasks = run.load_tasks(config, load_corpus(config.data, train=False))
+    tasks = run.load_tasks(config, load_corpus(config.data, train=False), 1)
     assert [task.name for task in tasks] == ["quiz", "another"]
+
+
+def test_tasks_whose_rows_virtual_ranks_cut_are_refused_before_training(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """16 requests of 6 bytes go into rows of 9, of which three stand for one of 34."""
+    pairs = [{"good": f"good {i}", "bad": f"bads {i}"} for i in range(8)]
+    task = write_task(tmp_path / "pairs.jsonl", [{"kind": "minimal_pairs"}, *pairs])
+    command = [f"--config={workspace / 'small_config.py'}:plain", f"--workdir={tmp_path / 'new'}"]
+    command += [f"--config.{f}" for f in ("data.seq_len=34", "model.num_layers=1", "train.steps=1")]
+    command += ["--config.train.batch_size=4", "--config.train.warmup_steps=0"]
+    command += ["--config.model.moe.capacity_factor=1.0", f"--config.eval.tasks=('{task}',)"]
+    command += ["--config.model.moe.virtual_ranks=4"]
+    assert execute(*command, "--config.eval.batch_size=2") == 2
+    said = capsys.readouterr().err
+    assert "virtual_ranks=4 does not divide the 54 tokens of a batch of task 'pairs' in 6 rows of 9 on a device" in said
+    assert "or eval.batch_size as a multiple of 4" in said and not (tmp_path / "new").exists()
+    assert execute(*command, "--config.eval.batch_size=4") == 0  # what it says to do
 
 
 def test_scores_depend_on_the_batch_where_its_pairs_compete(workspace: Path):

@@ -428,7 +428,7 @@ def test_what_cannot_work_is_one_sentence_and_no_file(
         ("capacity_order", "score"): "--capacity_order=score orders nothing: add --capacity_factor",
         ("capacity_factor", "-1"): "model.moe.capacity_factor=-1.0: must be 0 or more",
         ("batch_size", "3"): "--batch_size=3 does not divide over 8 devices",
-        ("devices", "99"): "needs 99 devices, 8 are there",
+        ("devices", "99"): "needs 99 devices, 8 are there: --devices=1 reads batches on one device",
         ("max_bytes", "1000"): "max_bytes=1,000 is less than one batch takes",
         ("max_token", "5"): "max_token",
     }
@@ -438,6 +438,15 @@ def test_what_cannot_work_is_one_sentence_and_no_file(
         said = capsys.readouterr().err
         assert message in said and "Traceback" not in said, (name, said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mesh_that_is_not_here_names_the_flag(workdir: Path):
+    """The commands that call this have no fields of a config."""
+    config = small_config()
+    for mesh, what in ((MeshConfig(data=4, expert=4), "needs 16 devices, 8 are"), (MeshConfig(expert=3), "expert=3 x")):
+        with pytest.raises(ConfigError, match=rf"config\.mesh.*{what}.*: --devices=1 reads batches on one") as raised:
+            command.mesh_of(dataclasses.replace(config, mesh=mesh))
+        assert "mesh.data=-1" not in str(raised.value) and "set config" not in str(raised.value)
 
 
 def test_limits_describe_themselves():

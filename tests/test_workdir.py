@@ -210,6 +210,52 @@ def test_compiled_programs_lie_in_the_data_cache_or_where_the_user_says(workspac
     assert not (workspace / ".jax_cache").exists()
 
 
+# --- begun in vain ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_made_nothing_gives_way_to_another_config(
+    finished: Path, tmp_path: Path, arguments: list[str], begun: list[Run], capsys: pytest.CaptureFixture[str]
+):
+    """It begins anew, with its own facts and from what init_from means now."""
+    source, workdir = shutil.copytree(finished, tmp_path / "source"), tmp_path / "run"
+    command = [*arguments, f"--workdir={workdir}", "--config.train.steps=2"]
+    assert execute(*command, f"--config.init_from={finished}") == 130
+    assert {path.name for path in workdir.iterdir()} >= {"config.json", "env.json", "metrics.jsonl"}
+    capsys.readouterr()
+    other = [*command, f"--config.init_from={source}", "--config.train.learning_rate=0.5"]
+    for note in (True, False):  # the second call is the same run
+        assert execute(*other) == 130
+        assert ("was begun with another config, which made nothing" in capsys.readouterr().err) == note
+        assert begun[-1].origin == env(workdir)["init_from"] == checkpoint.origin(source)
+    assert len(env(workdir)["sessions"]) == 2
+    assert json.loads((workdir / "config.json").read_text())["train"]["learning_rate"] == 0.5
+
+
+MADE: dict[str, Callable[[Path], Any]] = {
+    "a row": lambda folder: (folder / "metrics.jsonl").write_text('{"kind": "failure", "step": 1}\n'),
+    "part of a row": lambda folder: (folder / "metrics.jsonl").write_text('{"ki'),
+    "half a checkpoint": lambda folder: (folder / "checkpoints" / "2.half").mkdir(parents=True),
+    "results": lambda folder: (folder / "results.jsonl").write_text(""),
+    "other seeds": lambda folder: (folder / "seeds" / "1").mkdir(parents=True),
+    "the user's": lambda folder: (folder / "notes.txt").write_text("mine"),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_run_that_made_something_does_not(
+    finished: Path, tmp_path: Path, arguments: list[str], made: str, capsys: pytest.CaptureFixture[str]
+):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for name in session.BEGUN:
+        shutil.copy(finished / name, workdir / name)
+    MADE[made](workdir)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert execute(*arguments, f"--workdir={workdir}", "--config.train.learning_rate=0.5") == 2
+    assert "holds a run with another config: config.train.learning_rate was" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
 # --- locks ----------------------------------------------------------------------------------------------------------
 
 

@@ -12,12 +12,12 @@ from moejax.config import ExperimentConfig, MeshConfig
 from moejax.plan import communication, memory
 from moejax.plan.communication import Collective
 from moejax.plan.memory import Memory
-from moejax.plan.problems import Problem, problems
+from moejax.plan.problems import Problem, cut_by_virtual_ranks, problems
 from moejax.plan.sizes import F32, Platform, parse_mesh, resolve_mesh
 
 __all__ = [
-    "Collective", "Memory", "Plan", "Platform", "Problem", "make", "parse_mesh", "platform_of", "problems", "remarks",
-    "resolve_mesh", "with_vocabulary",
+    "Collective", "Memory", "Plan", "Platform", "Problem", "cut_by_virtual_ranks", "make", "parse_mesh", "platform_of",
+    "problems", "remarks", "resolve_mesh", "with_vocabulary",
 ]  # fmt: skip
 
 BYTE_VOCABULARY = 257

@@ -1,6 +1,7 @@
 """What does not divide: every field at once, where a run would stop at the first."""
 
 import dataclasses
+import math
 
 from moejax import limits
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig
@@ -73,7 +74,41 @@ def problems(config: ExperimentConfig, mesh: MeshConfig) -> list[Problem]:
                     f"{shards}",
                 )
             )
+    if True in flags:
+        batches = [("eval.batch_size", config.eval.batch_size, shards, "an evaluation batch")]
+        if train.steps:
+            parts = shards * train.accumulate
+            batches.insert(0, ("train.batch_size", train.batch_size, parts, "a training micro-batch"))
+        if config.table.name:
+            batches.append(("table.batch_size", config.table.batch_size, shards, "a table's batch"))
+        for field, size, parts, what in batches:
+            if size % parts == 0:  # else it is on the list
+                found += cut_by_virtual_ranks(config, field, size, config.data.seq_len, parts, what)
     return found
+
+
+def cut_by_virtual_ranks(
+    config: ExperimentConfig, field: str, size: int, tokens: int, parts: int, what: str
+) -> list[Problem]:
+    """No problem, or that ``moe.virtual_ranks`` does not divide the tokens of a batch on a device. It always has to:
+    training and evaluation give every pass a random key, so that what is drawn depends on ranks even without a limit.
+
+    Args:
+      field: that sets the batch: ``size`` sequences of ``tokens`` each, divided by ``parts``.
+      what: this batch is called.
+    """
+    ranks, here = config.model.moe.virtual_ranks, size // parts * tokens
+    if here % ranks == 0:
+        return []
+    unit = parts * ranks // math.gcd(ranks, tokens)
+    return [
+        Problem(
+            "model.moe.virtual_ranks",
+            f"model.moe.virtual_ranks={ranks} does not divide the {here} tokens of {what} on a device, {size // parts} "
+            f"x {tokens} with {field}={size} and data.seq_len={config.data.seq_len}: choose a divisor of {here}, or "
+            f"{field} as a multiple of {unit}",
+        )
+    ]
 
 
 def _some(choices: list[int]) -> str:
