@@ -192,7 +192,7 @@ def test_other_texts(workspace: Path, copy: Path, arguments: list[str], capfd: p
     root = shutil.copytree(workspace, copy.parent / "root", ignore=shutil.ignore_patterns("half", "cache"))
     with (root / "train" / "a.txt").open("a") as file:
         file.write(" more")
-    message = r"the texts: hash was [0-9a-f]{16}, is [0-9a-f]{16} \(data.root was '.*workspace0', is '.*root'\)"
+    message = rf"the texts: hash was [0-9a-f]{{16}}, is [0-9a-f]{{16}} \(data.root was '.*{re.escape(workspace.name)}', is '.*root'\)"
     refused(capfd, copy, message, *arguments, f"--config.data.root={root}")
 
 
