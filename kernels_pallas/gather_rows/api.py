@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import Backend, Implementation, Operation
 from kernels_pallas.gather_rows import mosaic_gpu, mosaic_gpu_combine, mosaic_gpu_scatter, ref
+from kernels_pallas.grouped_matmul.groups import to_int32
 
 _ORDER = {"gpu": ("mosaic_gpu", "ref"), "*": ("ref",)}
 
@@ -50,7 +51,7 @@ def gather_rows(
 
     Args:
         x: rows to choose from.
-        index: integers, on the device; other values never recompile.
+        index: integers of any type, on the device; other values never recompile.
         count: how many leading rows of the result are asked for, on the device: the others may hold anything, and need
             not be copied. None: all.
         places: the inverse of the index, on the device: the rows of the result that are row n of x, each of the
@@ -62,6 +63,8 @@ def gather_rows(
         ValueError: shapes or dtypes that do not fit, an unknown implementation.
         BackendRefused: no allowed back end can run; a back end chosen by name is never replaced by another.
     """
+    x, index = jnp.asarray(x), to_int32(index)  # numpy's too
+    count, places = (None if a is None else to_int32(a) for a in (count, places))
     if x.ndim != 2 or index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(
             f"x.shape={x.shape} must be [N, D], and index, of shape {index.shape} and dtype {index.dtype}, "
@@ -89,7 +92,7 @@ def combine_rows(
 
     Args:
         ys: rows to sum.
-        row_of_pair: integers, on the device; -1 is the last row, as in NumPy.
+        row_of_pair: integers of any type, on the device; -1 is the last row, as in NumPy.
         weight: gate weights, of any floating-point type.
         implementation: None (the platform's order), a back end's name, or names to try in order.
 
@@ -97,6 +100,7 @@ def combine_rows(
         ValueError: shapes or dtypes that do not fit, an unknown implementation.
         BackendRefused: no allowed back end can run; a back end chosen by name is never replaced by another.
     """
+    ys, row_of_pair, weight = jnp.asarray(ys), to_int32(row_of_pair), jnp.asarray(weight)  # numpy's too
     integers = jnp.issubdtype(row_of_pair.dtype, jnp.integer)
     if ys.ndim != 2 or row_of_pair.ndim != 2 or weight.shape != row_of_pair.shape or not integers:
         raise ValueError(

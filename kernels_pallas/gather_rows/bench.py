@@ -279,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.summary:
         print(results.table(results.read(args.summary)))
         return 0
+    results.check_folder(args.output)
     started, errors, extra = time.monotonic(), 0, results.run_facts()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}")
     print(results.HEAD)

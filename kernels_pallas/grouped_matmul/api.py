@@ -21,10 +21,11 @@ A back end runs and refuses with the signatures
 leave the keywords out. Without extents it always gets one group for each expert.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatch import Backend, Implementation, Operation
+from kernels_pallas.dispatch import Backend, Implementation, Operation, default_platform
 from kernels_pallas.grouped_matmul import cpu_tiled, groups, lax_ragged, mosaic_tpu, padded, ref, tokamax_backend
 from kernels_pallas.grouped_matmul.ffn import ACTIVATIONS, GATED, Activation, Weights
 from kernels_pallas.grouped_matmul.groups import EXTENT_AXES, ExtentAxis
@@ -87,20 +88,23 @@ def grouped_matmul(
     group may be empty. Rows beyond `sum(group_sizes)` are unspecified, in the result and in the gradient of
     lhs, and may be NaN; what stands there in lhs or in the cotangent reaches nothing else.
 
+    Inside `shard_map` an operand may be the same on several shards: its gradient is the sum over them.
+
     Args:
-        lhs: rows sorted by group.
+        lhs: rows sorted by group, of a floating-point type of 16 bits or more.
         rhs: one matrix for each expert, `[E, N, K]` if `transpose_rhs`.
-        group_sizes: integers >= 0 with a sum of at most P, on the device; other values never recompile. A sum
-            above P, unchecked as it is known on the device only, acts as if groups were cut off at row P.
+        group_sizes: integers >= 0 of any type with a sum of at most P, on the device; other values never recompile. A
+            sum above P, unchecked as it is known on the device only, acts as if groups were cut off at row P.
         transpose_rhs: multiply by the transpose of each matrix.
         extents: how many leading columns take part in each group's rows, rounded up to a multiple of
-            `groups.EXTENT_BLOCK` and capped at the size of the axis; 0 is allowed, None is all. From one group of an
-            expert to its next they must not increase (unchecked, as they are known on the device only).
+            `groups.EXTENT_BLOCK` and capped at the size of the axis, as the largest integer of a type may stand for
+            all; 0 is allowed, None is all. From one group of an expert to its next they must not increase (unchecked,
+            as they are known on the device only).
         extent_axis: which columns. "n": those of the result. Beyond the extent it is unspecified and may be NaN,
             cotangents are ignored, and nothing is added to the gradient of rhs. "k": those of lhs. Beyond the extent
             they are ignored and may be NaN, their gradient is unspecified, and nothing is added to that of rhs.
         implementation: None (the platform's order), a back end's name, or names to try in order.
-        preferred_element_type: dtype of the result; that of lhs by default.
+        preferred_element_type: dtype of the result, floating-point of 16 bits or more; that of lhs by default.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, an unknown extent_axis or implementation.
@@ -108,6 +112,8 @@ def grouped_matmul(
 
     It does not sort, gather or drop rows.
     """
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)  # numpy's too
+    group_sizes, extents = _integers(group_sizes, extents)
     if lhs.ndim != 2 or rhs.ndim != 3:
         raise ValueError(f"lhs.shape={lhs.shape} must be [P, K] and rhs.shape={rhs.shape} [E, K, N] (or [E, N, K])")
     k, n = rhs.shape[:0:-1] if transpose_rhs else rhs.shape[1:]
@@ -117,11 +123,15 @@ def grouped_matmul(
             f"transpose_rhs={transpose_rhs}: pass the other transpose_rhs or other weights"
         )
     _check_dtype("lhs", lhs, rhs=rhs)
+    if preferred_element_type is not None and not _is_wide(preferred_element_type):
+        raise ValueError(f"preferred_element_type={jnp.dtype(preferred_element_type).name} must be {WIDE}, or None")
     _check_groups(group_sizes, extents, rhs.shape[0])
     if extent_axis not in EXTENT_AXES:
         raise ValueError(f"extent_axis={extent_axis!r} must be one of {EXTENT_AXES}: the axis that extents limit")
+    lhs, rhs, group_sizes, extents = groups.alike((lhs, rhs, group_sizes, extents))
     if lhs.shape[0] == 0:
-        return jnp.zeros((0, n), preferred_element_type or lhs.dtype)
+        GROUPED_MATMUL.names(implementation, default_platform())  # an unknown one is an error here too
+        return groups.zeros((0, n), preferred_element_type or lhs.dtype, lhs)
     if extents is None:
         group_sizes = groups.per_expert(group_sizes, rhs.shape[0])
     options = {
@@ -171,14 +181,23 @@ def grouped_ffn(
             implementation.
         BackendRefused: no allowed back end can run.
     """
-    weights = Weights(gate, up, down, gate_bias, up_bias, down_bias)
+    given = xs, Weights(gate, up, down, gate_bias, up_bias, down_bias), row_weights
+    xs, weights, row_weights = jax.tree.map(jnp.asarray, given)  # numpy's too
+    group_sizes, extents = _integers(group_sizes, extents)
     _check_ffn(xs, group_sizes, weights, activation, extents, row_weights)
+    varying = groups.alike((xs, weights, row_weights, group_sizes, extents))
+    xs, weights, row_weights, group_sizes, extents = varying
     if xs.shape[0] == 0:
-        return jnp.zeros(xs.shape, xs.dtype)
+        GROUPED_FFN.names(implementation, default_platform())  # an unknown one is an error here too
+        return jnp.zeros_like(xs)
     if extents is None:
-        group_sizes = groups.per_expert(group_sizes, up.shape[0])
+        group_sizes = groups.per_expert(group_sizes, weights.up.shape[0])
     args, options = (xs, group_sizes, weights, activation), {"extents": extents, "row_weights": row_weights}
     return GROUPED_FFN.select(implementation, *args, **options).run(*args, **options)
+
+
+def _integers(group_sizes: Array, extents: Array | None) -> tuple[Array, Array | None]:
+    return groups.to_int32(group_sizes), None if extents is None else groups.to_int32(extents)
 
 
 def _check_ffn(
@@ -230,9 +249,16 @@ def check_weights(name: str, rows: Array, w: Weights, d: int) -> None:
     _check_dtype(name, rows, **given)
 
 
+WIDE = "a floating-point type of 16 bits or more"
+
+
+def _is_wide(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+
+
 def _check_dtype(name: str, rows: Array, **others: Array) -> None:
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
-        raise ValueError(f"{name}.dtype={rows.dtype} must be a floating-point type")
+    if not _is_wide(rows.dtype):
+        raise ValueError(f"{name}.dtype={rows.dtype} must be {WIDE}: cast it")
     for other, value in others.items():
         if value.dtype != rows.dtype:
             raise ValueError(f"{other}.dtype={value.dtype} must equal {name}.dtype={rows.dtype}: cast one of them")

@@ -63,8 +63,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--operation", nargs="+", choices=(*cases.OPERATIONS, *OF_FFN), help="default: ffn on a CPU")
     parser.add_argument("--shape", nargs="+", choices=list(specs.SHAPES), help="default: those of this platform")
     parser.add_argument("--projection", nargs="+", choices=cases.PROJECTIONS, default=list(cases.PROJECTIONS))
-    parser.add_argument("--alpha", nargs="+", type=float, help="Dirichlet concentrations; default 5, and 0.5 on a GPU")
-    parser.add_argument("--rows", nargs="+", type=int, help=f"of decode shapes; default {DECODE_ROWS}")
+    parser.add_argument("--alpha", nargs="+", type=command.concentration, help="default 5, and 0.5 on a GPU")
+    parser.add_argument("--rows", nargs="+", type=command.positive, help=f"of decode shapes; default {DECODE_ROWS}")
     parser.add_argument("--layout", nargs="+", choices=("EKN", "ENK"), default=["EKN"], help="of weights, ours")
     parser.add_argument("--dtype", choices=list(cases.ITEMSIZE), default="float32" if on_cpu else "bfloat16")
     command.add_flags(parser, "GROUPED")
@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.summary:
         print(results.table(results.read(args.summary)))
         return 0
+    results.check_folder(args.output)
     if "ffn" in args.operation:
         ffn_bench.run(args)
     if "major_ffn" in args.operation:

@@ -4,10 +4,11 @@ Rows are sorted by group: group g holds rows `start[g] <= row < end[g]`, the tai
 belongs to none. With E experts and G groups, group g belongs to expert `g // (G // E)`.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -19,9 +20,40 @@ whole blocks. Where a tile is wider, what lies beyond an extent is computed too 
 "n"; where it would be summed back ends mask it, or set it to zero."""
 
 
+def to_int32(x: Any) -> Array:
+    """Integers of any type as int32, what is beyond its range as its bound: the largest integer stays the largest.
+
+    Arithmetic in a narrower type would wrap, and a cast of a wider one too. Numbers that are no integers stay as they
+    are, for the checks of the arguments to refuse.
+    """
+    x = x if isinstance(x, np.ndarray) else jnp.asarray(x)  # jnp.asarray alone would wrap NumPy's int64
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        given, wanted = jnp.iinfo(x.dtype), jnp.iinfo(jnp.int32)
+        if given.max > wanted.max:
+            x = x.clip(max=wanted.max)
+        if given.min < wanted.min:
+            x = x.clip(min=wanted.min)
+        x = x.astype(jnp.int32)
+    return jnp.asarray(x)
+
+
+def _add(a: Array, b: Array) -> Array:
+    """a + b of numbers from 0 on; what is beyond int32 is its bound."""
+    return a + jnp.minimum(b, jnp.iinfo(jnp.int32).max - a)
+
+
+def within(group_sizes: Int[Array, "G"], rows: int) -> Int[Array, "G"]:
+    """Sizes whose sums do not wrap, and that mean the same groups once these are cut off at row `rows`."""
+    sizes = jnp.minimum(group_sizes.astype(jnp.int32), rows)
+    if sizes.shape[0] * rows <= jnp.iinfo(jnp.int32).max:
+        return sizes
+    end = jnp.minimum(lax.associative_scan(_add, jnp.maximum(sizes, 0)), rows)
+    return end - jnp.concatenate([end[:1] * 0, end[:-1]])
+
+
 def bounds(group_sizes: Int[Array, "G"], rows: int) -> tuple[Int[Array, "G"], Int[Array, "G"]]:
     """First row of each group and the row after its last; sizes that sum past `rows` are cut off there."""
-    end = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
+    end = jnp.minimum(jnp.cumsum(within(group_sizes, rows)), rows)
     return jnp.concatenate([end[:1] * 0, end[:-1]]), end
 
 
@@ -34,10 +66,14 @@ def row_group(end: Int[Array, "G"], rows: int) -> Int[Array, "P"]:
 
 
 def per_expert(group_sizes: Int[Array, "G"], experts: int) -> Int[Array, "E"]:
-    """Rows of each expert: the sum over its groups, which are adjacent. No operation if each has one group."""
+    """Rows of each expert: the sum over its groups, which are adjacent. No operation if each has one group.
+
+    A sum beyond int32 is its bound, which is cut off at the last row as the sum would be.
+    """
     if group_sizes.shape[0] == experts:
         return group_sizes
-    return jnp.sum(group_sizes.reshape(experts, -1), axis=1, dtype=jnp.int32)
+    parts = jnp.maximum(group_sizes.astype(jnp.int32), 0).reshape(experts, -1)
+    return lax.reduce(parts, np.int32(0), _add, (1,))
 
 
 def joined(
@@ -50,7 +86,7 @@ def joined(
 
 def round_extents(extents: Int[Array, "G"], columns: int) -> Int[Array, "G"]:
     """What extents mean: rounded up to a multiple of EXTENT_BLOCK, at least 0 and at most `columns`."""
-    inside = jnp.clip(extents, 0, columns).astype(jnp.int32)  # first, as the largest integer may stand for "all"
+    inside = jnp.clip(extents, 0, columns)  # first, as the largest integer may stand for "all"
     return jnp.minimum(-(-inside // EXTENT_BLOCK) * EXTENT_BLOCK, columns)
 
 
@@ -103,3 +139,12 @@ def vary(x: Array, *like: Array | None) -> Array:
     axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in like if a is not None))
     missing = axes - jax.typeof(x).manual_axis_type.varying
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def alike[T](operands: T) -> T:
+    """The arrays, all varying over the manual mesh axes over which any of them does, as one kernel's operands must.
+
+    Outside of a `custom_vjp` it makes the gradient of an array that several shards share the sum over them: what comes
+    back for the operand of a `custom_vjp` must vary over the axes over which it does, no others.
+    """
+    return jax.tree.map(lambda a: vary(a, *jax.tree.leaves(operands)), operands)

@@ -23,8 +23,8 @@ _OUTER = lax.RaggedDotDimensionNumbers(
 def _product(lhs: Array, rhs: Array, group_sizes: Array, transpose_rhs: bool, dtype: jnp.dtype) -> Array:
     @sequential_vmap  # ragged_dot itself cannot be batched over weights or group sizes
     def run(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-        wide = accumulator(lhs.dtype)
-        y = lax.ragged_dot(lhs, rhs, group_sizes, precision=precision(lhs.dtype), preferred_element_type=wide)
+        wide, (start, end) = accumulator(lhs.dtype), groups.bounds(group_sizes, lhs.shape[0])
+        y = lax.ragged_dot(lhs, rhs, end - start, precision=precision(lhs.dtype), preferred_element_type=wide)
         return y.astype(dtype)
 
     return run(lhs, jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs, group_sizes)
@@ -33,10 +33,10 @@ def _product(lhs: Array, rhs: Array, group_sizes: Array, transpose_rhs: bool, dt
 def _outer(lhs: Array, grad: Array, group_sizes: Array, dtype: jnp.dtype) -> Array:
     @sequential_vmap
     def run(lhs: Array, grad: Array, group_sizes: Array) -> Array:
-        _, end = groups.bounds(group_sizes, lhs.shape[0])
+        start, end = groups.bounds(group_sizes, lhs.shape[0])
         lhs, grad = groups.zero_tail(lhs, end), groups.zero_tail(grad, end)
         high, wide = precision(lhs.dtype), accumulator(lhs.dtype)
-        dw = lax.ragged_dot_general(lhs, grad, group_sizes, _OUTER, precision=high, preferred_element_type=wide)
+        dw = lax.ragged_dot_general(lhs, grad, end - start, _OUTER, precision=high, preferred_element_type=wide)
         return dw.astype(dtype)
 
     return run(lhs, grad, group_sizes)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.dispatch import Backend, Implementation, Operation
+from kernels_pallas.dispatch import Backend, Implementation, Operation, default_platform
+from kernels_pallas.grouped_matmul import groups
 from kernels_pallas.grouped_matmul.api import GROUPED_MATMUL, check_gate, check_weights
 from kernels_pallas.grouped_matmul.ffn import Activation, Weights
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend as mosaic_gpu
@@ -59,12 +60,13 @@ def moe_ffn(
 
     Differentiable in x, weight, weights and biases (reverse mode, once; `ref` any number of times). For the backward
     pass x, the gate and up pre-activations and routing are kept, no other array of T K rows (`ref` apart). Sums and
-    activations are float32; rows of experts are rounded to the dtype of x, before and after the sum over k.
+    activations are float32; rows of experts are rounded to the dtype of x, before and after the sum over k. Inside
+    `shard_map` as `grouped_matmul`.
 
     Args:
         x: tokens.
-        expert: the experts of each token, in any order; the same one twice counts twice. A pair whose expert is not
-            in 0 .. E - 1 is dropped.
+        expert: the experts of each token, in any order, integers of any type; the same one twice counts twice. A pair
+            whose expert is not in 0 .. E - 1 is dropped.
         weight: gate weights, of any floating-point type; the gradient has it too.
         gate: None for an activation without a gate.
         up: same dtype as x, as all weights and biases.
@@ -82,13 +84,17 @@ def moe_ffn(
             implementation.
         BackendRefused: no allowed back end can run; a back end chosen by name is never replaced by another.
 
-    It does not choose experts, nor does it limit how many tokens an expert takes: no pair is dropped but by `valid`.
+    It does not choose experts, nor does it limit how many tokens an expert takes: no pair is dropped but by `valid`, or
+    by an expert that does not exist.
     """
     params = Weights(gate, up, down, gate_bias, up_bias, down_bias)
-    x, expert, weight, params, valid = jax.tree.map(jnp.asarray, (x, expert, weight, params, valid))  # numpy's too
+    x, weight, params, valid = jax.tree.map(jnp.asarray, (x, weight, params, valid))  # numpy's too
+    expert = groups.to_int32(expert)
     _check_routing(x, expert, weight, valid)
     _check_params(x, params, activation)
+    x, expert, weight, params, valid = groups.alike((x, expert, weight, params, valid))
     if expert.size == 0:
+        MOE_FFN.names(implementation, default_platform())  # an unknown one is an error here too
         return jnp.zeros_like(x)
     args = (x, expert, weight, params, activation, valid)
     return MOE_FFN.select(implementation, *args).run(*args)

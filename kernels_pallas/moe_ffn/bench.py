@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", choices=[*names, "sonic", "all"], help=f"default: {specs.DEFAULT}")
     parser.add_argument("--pass", dest="passes", nargs="+", choices=cases.PASSES, default=list(cases.PASSES))
     parser.add_argument("--scope", nargs="+", choices=("experts", "layer"), default=["experts", "layer"])
-    parser.add_argument("--alpha", nargs="+", type=float, default=[5.0], help="Dirichlet concentrations")
+    parser.add_argument("--alpha", nargs="+", type=command.concentration, default=[5.0], help="of Dirichlet")
     parser.add_argument("--dtype", choices=list(cases.ITEMSIZE), default="float32" if on_cpu else "bfloat16")
     command.add_flags(parser, "LAYER")
     args = parser.parse_args(argv)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from kernels_pallas.grouped_matmul import groups
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ def make_plan(expert: Int[Array, "T K"], valid: Bool[Array, "T K"] | None, exper
         valid: False drops a pair; None keeps all.
         experts: E.
     """
+    expert = groups.to_int32(expert)
     kept = (expert >= 0) & (expert < experts)
     if valid is not None:
         kept &= valid

@@ -16,10 +16,18 @@ from kernels_pallas.rivals.case import AnyCase, Settings
 CEILINGS = {"GROUPED": ("dense_mosaic", "dense_cublas", "batched_cublas", "copy"), "LAYER": ("dense_mosaic",)}
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A flag's whole number from 1 on."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def concentration(text: str) -> float:
+    """A flag's Dirichlet concentration."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError("must be finite and above 0")
+    return float(text)
 
 
 def _end(*_: object) -> None:
@@ -38,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
         choices=list(ours),
         help="of ours, by name; default: all that can run",
     )
-    parser.add_argument("--repeats", type=_positive, help="timings of each; default 20")
+    parser.add_argument("--repeats", type=positive, help="timings of each; default 20")
     parser.add_argument("--target-ms", type=float, default=25.0, help="how long one timing lasts")
     parser.add_argument("--seconds", type=float, default=60.0, help="limit for one implementation of one case")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no case starts after that")
@@ -46,9 +54,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--ceiling", nargs="+", default=[], choices=CEILINGS[kind], help="of family dense, by name; default: all"
     )
-    parser.add_argument(
-        "--processes", type=_positive, default=4, help="of ours: while one measures, the others compile"
-    )
+    parser.add_argument("--processes", type=positive, default=4, help="of ours: while one measures, the others compile")
     parser.add_argument("--known", nargs="+", metavar="FILE", default=[], help="use configurations of these rows too")
     parser.add_argument("--output", help="JSON lines, appended as they come; configurations in it are used again")
     parser.add_argument("--summary", metavar="FILE", help="print the table of a file of rows, and end")
@@ -61,8 +67,7 @@ def settings(args: argparse.Namespace, layouts: Sequence[str] = ("EKN",)) -> Set
     """What the flags say; later files' configurations go before those of earlier ones, the output's before all."""
     device = jax.devices()[0].device_kind
     known: dict[str, str] = {}
-    if args.output and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
-        raise SystemExit(f"--output={args.output}: there is no such folder")
+    rows.check_folder(args.output)
     for path in (*args.known, *([args.output] if args.output and os.path.exists(args.output) else ())):
         known |= rows.known_configurations(rows.read(path), device)
     return Settings(

@@ -61,10 +61,23 @@ def read(path: str | os.PathLike) -> list[Row]:
 
 
 def append(path: str | os.PathLike | None, row: Row) -> None:
-    """Appends one row at once, so that a run that ends early keeps what it measured."""
+    """Appends one row at once, so that a run that ends early keeps what it measured.
+
+    On a line of its own, though an earlier run was ended within its last one.
+    """
     if path:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
+
+
+def check_folder(path: str | os.PathLike | None) -> None:
+    """Before anything is measured: raises SystemExit where the folder of an output does not exist."""
+    if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise SystemExit(f"--output={path}: there is no such folder")
 
 
 def known_configurations(rows: Iterable[Row], device: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from kernels_pallas.grouped_matmul import GROUPED_FFN, GROUPED_MATMUL, grouped_ffn, grouped_matmul, specs
 from kernels_pallas.grouped_matmul.ffn import GATED, Weights
@@ -215,3 +216,38 @@ def check_ffn(
     # of them over a bound, where the gradient jumps: 3 % of its norm.
     jumps = activation == "swiglu_clamped" and dtype == jnp.bfloat16
     compare_ffn(actual, expected, tolerance, 5e-2 if jumps else None)
+
+
+def check_shards(loss, operands, rest, split):
+    """Holds gradients inside `shard_map`, of a loss that is summed over shards, against those without it.
+
+    Args:
+        loss: (operands, rest) of one shard -> scalar.
+        operands: what is differentiated.
+        rest: the others, each shard's own.
+        split: like the operands, whether each shard has a part of an array, or all shards the whole.
+    """
+    count = min(2, jax.device_count())
+    mesh = jax.make_mesh((count,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+    spec = jax.tree.map(lambda mine: PartitionSpec("i") if mine else PartitionSpec(), split)
+
+    def local(operands, rest):
+        return jax.grad(lambda operands: jax.lax.psum(loss(operands, rest), "i"))(operands)
+
+    def whole(operands):
+        def part(a, mine, i):
+            size = len(a) // count
+            return a[i * size : (i + 1) * size] if mine else a
+
+        def of(i):
+            mine = jax.tree.map(lambda a, mine: part(a, mine, i), operands, split)
+            return loss(mine, jax.tree.map(lambda a: part(a, True, i), rest))
+
+        return sum(of(i) for i in range(count))
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec, PartitionSpec("i")), out_specs=spec)
+    actual = jax.jit(sharded, compiler_options=QUICK)(operands, rest)
+    expected = jax.jit(jax.grad(whole), compiler_options=QUICK)(operands)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(b) > 0
+        assert oracle.error(a, b) < 1e-5

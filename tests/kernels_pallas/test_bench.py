@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from kernels_pallas.grouped_matmul import bench, groups, major_bench, specs
+from kernels_pallas.gather_rows import bench as gather_bench
+from kernels_pallas.grouped_matmul import bench, ffn_bench, groups, major_bench, specs
 from kernels_pallas.moe_ffn import bench as layer_bench
 from kernels_pallas.moe_ffn import specs as layer_specs
 from kernels_pallas.rivals import case as cases
@@ -636,6 +637,41 @@ def test_an_error_of_ours_is_the_status_of_the_command(tmp_path, monkeypatch):
     output = tmp_path / "rows.jsonl"
     assert bench.main(["--operation", "forward", "--shape", "tiny", "--projection", "up", "--output", str(output)]) == 1
     assert rows.read(output)[0]["error"] == "RuntimeError: broken"
+
+
+def test_a_row_follows_a_line_that_an_ended_run_left_unfinished(tmp_path):
+    output = tmp_path / "rows.jsonl"
+    rows.append(output, {"first": 1})
+    output.write_text(output.read_text() + '{"cut')
+    rows.append(output, {"second": "é"})
+    rows.append(output, {"third": 3})
+    lines = output.read_text().splitlines()
+    assert [lines[1], *map(json.loads, lines[:1] + lines[2:])] == ['{"cut', {"first": 1}, {"second": "é"}, {"third": 3}]
+
+
+@pytest.mark.parametrize("main", [bench.main, layer_bench.main, gather_bench.main])
+def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(tmp_path, monkeypatch, main):
+    def measure(*args, **options):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(ffn_bench, "measure", measure)
+    monkeypatch.setattr(gather_bench, "measure", measure)
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        main(["--output", str(tmp_path / "none" / "rows.jsonl")])
+
+
+@pytest.mark.parametrize("alpha", ["nan", "0", "-1", "inf"])
+@pytest.mark.parametrize("parse", [bench.parse, layer_bench.parse])
+def test_a_concentration_that_is_none_is_an_error_of_the_flag(parse, alpha, capsys):
+    with pytest.raises(SystemExit):
+        parse([f"--alpha={alpha}"])
+    assert "--alpha: must be finite and above 0" in capsys.readouterr().err
+
+
+def test_fewer_rows_than_one_are_an_error_of_the_flag(capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(["--rows=-5"])
+    assert "--rows: must be at least 1" in capsys.readouterr().err
 
 
 def test_no_case_starts_after_its_minutes(tmp_path, capsys):

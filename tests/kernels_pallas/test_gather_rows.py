@@ -205,6 +205,23 @@ def test_a_gradient_by_places_inside_shard_map(monkeypatch):
     assert made.shape == (8, 128)
 
 
+def test_numpy_arrays_are_taken():
+    x, index = np.arange(12, dtype=np.float32).reshape(4, 3), np.array([3, 0, 9])
+    np.testing.assert_array_equal(gather_rows(x, index), [x[3], x[0], 0 * x[0]])
+    made = combine_rows(x, np.array([[3, 1]]), np.array([[2.0, 1.0]], np.float32))
+    np.testing.assert_array_equal(made, [2 * x[3] + x[1]])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
+def test_indices_of_any_integer_type(dtype):
+    """Also of one in which the number of rows has no place, or that holds more than int32 does."""
+    x, most = np.arange(300, dtype=np.float32)[:, None] + 1, jnp.iinfo(dtype).max
+    index = np.array([0, most, 2**32 + 1 if dtype == "int64" else 100], dtype)
+    wanted = np.where(index < 300, index.astype(np.int64) + 1, 0)
+    np.testing.assert_array_equal(gather_rows(x, index)[:, 0], wanted)
+    np.testing.assert_array_equal(combine_rows(x, index[:, None], np.ones((3, 1), np.float32))[:, 0], wanted)
+
+
 # --- the kernels on a device (`-m gpu`) -------------------------------------------------------------------
 
 

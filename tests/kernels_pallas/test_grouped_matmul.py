@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.grouped_matmul import GROUPED_FFN, GROUPED_MATMUL, grouped_ffn, grouped_matmul, specs
+from kernels_pallas.grouped_matmul import GROUPED_FFN, GROUPED_MATMUL, grouped_ffn, grouped_matmul, groups, specs
 from kernels_pallas.grouped_matmul.ffn import ACTIVATIONS
 from tests.kernels_pallas import oracle
 from tests.kernels_pallas.backends import (
@@ -23,6 +23,7 @@ from tests.kernels_pallas.backends import (
     TRACES,
     check_ffn,
     check_matmul,
+    check_shards,
     ffn_inputs,
     jitted_matmul,
     normal,
@@ -104,6 +105,16 @@ class TestMatmul:
         sizes = specs.uniform(shape.experts, shape.rows)
         sizes[-2:] = shape.rows, 4
         check_matmul(implementation, shape, sizes, dtype=dtype)
+
+    @on_matmuls("blocks", parts=2)
+    def test_sizes_whose_sum_no_int32_holds_are_cut_off(self, shape, implementation, dtype):
+        shape, most = dataclasses.replace(shape, experts=3), 2**31 - 1
+        check_matmul(implementation, shape, np.array([5, most, 9], np.int32), dtype=dtype)
+        for sizes in ([5, 2, 7, most, most, 9], [5, most, most, most, most, most]):
+            sizes = np.array(sizes, np.int32)
+            check_matmul(implementation, shape, sizes, dtype=dtype)
+            for axis in ("n", "k"):
+                check_matmul(implementation, shape, sizes, dtype=dtype, extents=np.array([most, 64] * 3), axis=axis)
 
     @on_matmuls("odd")
     def test_no_rows(self, shape, implementation, dtype):
@@ -251,3 +262,82 @@ def test_errors_name_argument_value_and_rule(change, message):
 def test_matmul_names_the_shape_that_does_not_fit():
     with pytest.raises(ValueError, match=r"lhs.shape=\(4, 3\) must be \[P, 5\].*transpose_rhs=False"):
         grouped_matmul(jnp.ones((4, 3)), jnp.ones((2, 5, 3)), jnp.array([2, 2], jnp.int32))
+
+
+def test_the_shapes_of_more_than_2_to_the_31_rows_of_all_groups_do_not_wrap():
+    sizes, most = jnp.array([5, 2**31 - 1, 9], jnp.int32), 2**31 - 1
+    for rows in (8, 2**30 + 3, most):
+        start, end = groups.bounds(sizes, rows)
+        np.testing.assert_array_equal(start, [0, 5, rows])
+        np.testing.assert_array_equal(end, [5, rows, rows])
+    np.testing.assert_array_equal(groups.per_expert(jnp.array([5, 3, most, 9]), 2), [8, most])
+
+
+@pytest.mark.parametrize("implementation", ALWAYS)
+def test_integers_of_any_type_mean_what_those_of_int32_do(implementation):
+    call = functools.partial(grouped_matmul, implementation=implementation)
+    for dtype in ("uint8", "int16", "uint32", "int64"):
+        sizes = np.array([100] * 3, dtype)
+        assert call(np.ones((300, 1), np.float32), jnp.ones((3, 1, 1)), sizes).sum() == 300
+        assert call(np.ones((300, 1), np.float32), jnp.ones((3, 1, 1)), jnp.asarray(sizes)).sum() == 300
+    lhs, rhs = jnp.ones((2, 192)), jnp.ones((1, 192, 1))
+    for extent, dtype, columns in (
+        (127, "int8", 128), (-5, "int8", 0), (200, "uint8", 192), (2**32 - 1, "uint32", 192), (2**32 + 1, "int64", 192),
+        (-(2**32) + 70, "int64", 0), (70, "int64", 128),
+    ):  # fmt: skip
+        extents = np.array([extent], dtype)
+        np.testing.assert_array_equal(call(lhs, rhs, np.array([2]), extents=extents, extent_axis="k"), columns)
+        if dtype != "int64":
+            made = jax.jit(lambda extents: call(lhs, rhs, jnp.array([2]), extents=extents, extent_axis="k"))(extents)
+            np.testing.assert_array_equal(made, columns)
+        out = grouped_ffn(
+            lhs, np.array([2]), None, jnp.ones((1, 192, 192)), jnp.ones((1, 192, 1)) * jnp.ones((1, 192, 192)),
+            activation="relu", extents=extents, implementation=implementation,
+        )  # fmt: skip
+        np.testing.assert_array_equal(out, 192 * columns)
+
+
+@pytest.mark.parametrize("implementation", ALWAYS)
+@pytest.mark.parametrize("split", ["rows", "weights"])
+def test_gradients_of_what_shards_share_are_the_sums_over_them(implementation, split):
+    """Inside `shard_map`: data parallel with whole weights, and whole rows with each shard's own weights."""
+    sizes = np.array([3, 5, 6, 1], np.int32)
+    lhs, rhs = normal(1, (16, 3)), normal(2, (2, 3, 5))
+    if split == "weights":
+        rhs = normal(2, (4, 3, 5))
+
+    def of_matmul(operands, sizes):
+        out = grouped_matmul(*operands, sizes, implementation=implementation)
+        return jnp.sum(jnp.where(jnp.arange(len(out))[:, None] < sizes.sum(), out, 0) ** 2)
+
+    check_shards(of_matmul, (lhs, rhs), sizes, (split == "rows", split == "weights"))
+
+    shape = dataclasses.replace(specs.SHAPES["tiny"], rows=16, experts=len(rhs))
+    xs, weights, _, row_weights = ffn_inputs(shape, "swiglu", bias=True)
+
+    def of_ffn(operands, sizes):
+        xs, w, row_weights = operands
+        biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias, "down_bias": w.down_bias}
+        options = {"activation": "swiglu", "row_weights": row_weights, "implementation": implementation}
+        out = grouped_ffn(xs, sizes, w.gate, w.up, w.down, **options, **biases)
+        return jnp.sum(jnp.where(jnp.arange(len(out))[:, None] < sizes.sum(), out, 0) ** 2)
+
+    which = split == "rows", jax.tree.map(lambda _: split == "weights", weights), split == "rows"
+    check_shards(of_ffn, (xs, weights, row_weights), sizes, which)
+
+
+def test_an_unknown_back_end_is_an_error_without_rows_too():
+    sizes, matrix = jnp.zeros(2, jnp.int32), jnp.ones((2, 3, 3))
+    with pytest.raises(ValueError, match="implementation='quick' must name"):
+        grouped_matmul(jnp.ones((0, 3)), matrix, sizes, implementation="quick")
+    with pytest.raises(ValueError, match="implementation='quick' must name"):
+        grouped_ffn(jnp.ones((0, 3)), sizes, None, matrix, matrix, activation="relu", implementation="quick")
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float8_e4m3fn])
+def test_types_that_no_sum_fits_in_are_errors(dtype):
+    ones = jnp.ones((4, 3)), jnp.ones((2, 3, 3)), jnp.array([2, 2])
+    with pytest.raises(ValueError, match=r"preferred_element_type=(int32|float8_e4m3fn) must be a floating-point type"):
+        grouped_matmul(*ones, preferred_element_type=dtype)
+    with pytest.raises(ValueError, match=r"lhs.dtype=(int32|float8_e4m3fn) must be a floating-point type of 16 bits"):
+        grouped_matmul(ones[0].astype(dtype), ones[1].astype(dtype), ones[2])

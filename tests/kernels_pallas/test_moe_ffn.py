@@ -14,6 +14,7 @@ import pytest
 from kernels_pallas import GROUPED_MATMUL, MOE_FFN, moe_ffn
 from kernels_pallas.grouped_matmul.ffn import ACTIVATIONS, GATED, Weights
 from kernels_pallas.moe_ffn import composed, make_plan
+from tests.kernels_pallas.backends import check_shards
 
 T, K, E, D, F = 21, 3, 5, 13, 10
 QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
@@ -356,6 +357,50 @@ def test_plan_equals_numpy(tokens, choices, experts, valid_share):
 
 
 # --- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "int64"])
+def test_experts_of_any_integer_type(implementation, dtype):
+    """Also of one in which the number of experts has no place, or -1, which stands for none, has not."""
+    experts, x, weight = 300, normal(1, (4, 3)), np.ones((4, 1), np.float32)
+    up, down = normal(2, (experts, 3, 3)), normal(3, (experts, 3, 3))
+    expert = np.array([[3], [100], [7], [jnp.iinfo(dtype).max]], dtype)
+    last_dropped = np.array([[True], [True], [True], [False]])
+    for valid in (None, last_dropped):
+        run = functools.partial(moe_ffn, activation="relu", valid=valid, implementation=implementation)
+        meant = np.where(expert < experts, expert.astype(np.int64), -1).astype(np.int32)
+        expected = run(x, meant, weight, None, up, down)
+        np.testing.assert_array_equal(run(x, expert, weight, None, up, down), expected)
+        assert np.all(np.any(expected[:3], axis=1))
+    if dtype == "int64":
+        beyond = np.array([[2**32 + 3], [3 - 2**32], [2**31], [-1]])  # none of them is an expert
+        assert not np.any(run(x, beyond, weight, None, up, down))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("split", ["tokens", "experts"])
+def test_gradients_of_what_shards_share_are_the_sums_over_them(implementation, split):
+    """Inside `shard_map`: data parallel with whole weights, and all tokens with each shard's own experts."""
+    params = jax.tree.map(lambda a: a[:4], make_params())
+    x, weight = normal(7, (16, D)), normal(8, (16, K))
+    expert = np.random.default_rng(0).integers(0, 2, (16 if split == "tokens" else 32, K)).astype(np.int32)
+
+    def loss(operands, expert):
+        x, weight, p = operands
+        biases = {"gate_bias": p.gate_bias, "up_bias": p.up_bias, "down_bias": p.down_bias}
+        options = {"activation": "swiglu", "implementation": implementation}
+        return jnp.sum(moe_ffn(x, expert, weight, p.gate, p.up, p.down, **biases, **options) ** 2)
+
+    tokens = split == "tokens"
+    check_shards(loss, (x, weight, params), expert, (tokens, tokens, jax.tree.map(lambda _: not tokens, params)))
+
+
+def test_an_unknown_back_end_is_an_error_without_tokens_too():
+    p = make_params("relu", bias=False)
+    with pytest.raises(ValueError, match="implementation='quick' must name"):
+        nothing = np.zeros((0, D), np.float32), np.zeros((0, K), np.int32), np.zeros((0, K), np.float32)
+        moe_ffn(*nothing, None, p.up, p.down, activation="relu", implementation="quick")
 
 
 def test_explanation_needs_shapes_only():

@@ -15,7 +15,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.grouped_matmul import groups, padded, ref, specs
+import kernels_pallas
+from kernels_pallas.dispatch import Backend
+from kernels_pallas.grouped_matmul import api, groups, padded, ref, specs
 from kernels_pallas.grouped_matmul.ffn import Weights
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block, outer, rows, schedule, tuning
 from kernels_pallas.moe_ffn import composed
@@ -594,3 +596,59 @@ def test_lowers_inside_shard_map(monkeypatch: pytest.MonkeyPatch, biased):
     arguments = jnp.zeros((256, 128), jnp.bfloat16), weights, jnp.full(4, 64, jnp.int32)
     text = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
+
+
+def test_public_gradients_inside_shard_map(monkeypatch: pytest.MonkeyPatch):
+    """Data parallel: whole weights, rows of each shard's own; and the other way about."""
+    from jax.sharding import AxisType, PartitionSpec
+
+    monkeypatch.setattr(block, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(tuning, "device_kind", lambda: "none")
+    monkeypatch.setattr(backend, "_hopper", lambda: None)
+    run = {"implementation": "mosaic_gpu"}
+
+    def of_matmul(x, w, sizes):
+        return jnp.sum(kernels_pallas.grouped_matmul(x, w, sizes, **run).astype(jnp.float32))
+
+    def of_ffn(x, w, sizes):
+        made = kernels_pallas.grouped_ffn(x, sizes, w, w, w, activation="swiglu", up_bias=w[:, 0], **run)
+        return jnp.sum(made.astype(jnp.float32))
+
+    def of_layer(x, w, sizes):
+        expert, weight = jnp.zeros((len(x), 2), jnp.int32) + sizes[0], jnp.ones((len(x), 2)) * x[:, :2]
+        made = kernels_pallas.moe_ffn(x, expert, weight, w, w, w, activation="swiglu", down_bias=w[:, 0], **run)
+        return jnp.sum(made.astype(jnp.float32))
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    data, whole = PartitionSpec("data"), PartitionSpec()
+    for loss, specs_ in itertools.product((of_matmul, of_ffn, of_layer), ((data, whole), (whole, data))):
+        gradients = jax.grad(lambda *args, loss=loss: jax.lax.psum(loss(*args), "data"), (0, 1))
+        sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(*specs_, data), out_specs=specs_)
+        experts = 4 if specs_[1] == whole else 8
+        arguments = ((512, 128), jnp.bfloat16), ((experts, 128, 128), jnp.bfloat16), ((8,), jnp.int32)
+        made = jax.eval_shape(sharded, *(jax.ShapeDtypeStruct(*argument) for argument in arguments))
+        assert [a.shape for a in made] == [arguments[0][0], arguments[1][0]]
+
+
+@pytest.mark.parametrize("axis", ["n", "k"])
+def test_the_largest_integer_as_extent_and_as_size(monkeypatch: pytest.MonkeyPatch, axis):
+    """Through the public function: extents of a type wider than int32, sizes whose sum none holds."""
+    hopper_only = {"mosaic_gpu": Backend("mosaic_gpu", KERNELS.grouped_matmul)}
+    operation = dataclasses.replace(api.GROUPED_MATMUL, backends=hopper_only)
+    monkeypatch.setattr(api, "GROUPED_MATMUL", operation)
+    most, count = 2**31 - 1, 200
+    sizes = np.array([50, 30, 40, most, most, 9], np.uint32)
+    extents = np.array([2**32 - 1, 64, 2**32 - 1, 2**32 - 1, 2**32 - 1, 0], np.uint32)
+    lhs, rhs, dy = normal(0, count, 128), normal(1, 3, 128, 128), normal(2, count, 128)
+
+    def run(lhs, rhs):
+        call = functools.partial(api.grouped_matmul, implementation="mosaic_gpu", extents=extents, extent_axis=axis)
+        out, pull = jax.vjp(lambda lhs, rhs: call(lhs, rhs, sizes), lhs, rhs)
+        return out, *pull(dy)
+
+    with interpreted():
+        actual = jax.jit(run)(lhs, rhs)
+    meant = np.array([50, 30, 40, 80, 0, 0]), np.array([128, 64, 128, 128, 128, 0])
+    expected = oracle.matmul(lhs, rhs, meant[0], dy, extents=meant[1], axis=axis)
+    for a, name in zip(actual, ("out", "dlhs", "drhs"), strict=True):
+        oracle.check(name, a, expected[name], 5e-3)

@@ -39,11 +39,6 @@ def whole(rows: Array) -> Array:
     return jnp.pad(rows, ((0, added), (0, 0))) if added else rows
 
 
-def _same_axes[T](operands: T) -> T:
-    """The arrays, all varying over the manual mesh axes over which any of them does, as one kernel's operands must."""
-    return jax.tree.map(lambda a: groups.vary(a, *jax.tree.leaves(operands)), operands)
-
-
 def _sum_like(grad: Array, weight: Array) -> Array:
     """The gradient of a weight that is the same on several shards is the sum over them."""
     axes = jax.typeof(grad).manual_axis_type.varying - jax.typeof(weight).manual_axis_type.varying
@@ -63,7 +58,7 @@ def product_of_pairs(
     interpret: bool = False,
 ) -> Float[Array, "P N"]:
     """out = sum over pairs of lhs @ rhs[expert] + bias[expert], as `rows.product`, with tuned tiles."""
-    pairs, group_sizes, extents, bias = _same_axes((pairs, group_sizes, extents, bias))
+    pairs, group_sizes, extents, bias = groups.alike((pairs, group_sizes, extents, bias))
     (num_rows, k), experts = pairs[0][0].shape, pairs[0][1].shape[0]
     n = pairs[0][1].shape[1 if transpose_rhs else 2]
     cut = extents is not None and extent_axis == "n"
@@ -87,7 +82,7 @@ def outer(
     Extents cost a pass of XLA over the operand that they limit, which is read and written once: `outer_of_cut` takes
     zeros there.
     """
-    lhs, grad = cut_limited(*_same_axes((lhs, grad, group_sizes, extents)), extent_axis)
+    lhs, grad = cut_limited(*groups.alike((lhs, grad, group_sizes, extents)), extent_axis)
     return outer_of_cut(lhs, grad, group_sizes, extents, extent_axis=extent_axis, **options)
 
 
@@ -103,7 +98,7 @@ def outer_of_cut(
     config: outer_kernel.Config | None = None,
 ) -> Array:
     """`outer` of operands that have zeros wherever extents leave something out."""
-    lhs, grad, group_sizes, extents = _same_axes((lhs, grad, group_sizes, extents))
+    lhs, grad, group_sizes, extents = groups.alike((lhs, grad, group_sizes, extents))
     config = config or tuning.for_outer(lhs.shape[0], experts, lhs.shape[1], grad.shape[1])
     spans = rows.Spans(group_sizes, extents, extent_axis)
     return outer_kernel.outer(lhs, grad, spans, experts=experts, dtype=dtype, config=config)
@@ -211,7 +206,7 @@ class Kernels:
             return h, Hidden(None, up) if save else None
         biases = _both_or_none(params)
         given = (xs, params.gate, params.up, group_sizes, extents, biases)
-        xs, gate, up, group_sizes, extents, biases = _same_axes(given)
+        xs, gate, up, group_sizes, extents, biases = groups.alike(given)
         config = tuning.for_gated(xs.shape[0], *params.up.shape)
         h, *hidden = rows.gated_product(
             xs,

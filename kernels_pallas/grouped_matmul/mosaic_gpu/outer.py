@@ -293,7 +293,8 @@ def outer(lhs: Array, grad: Array, spans: Spans, *, experts: int, dtype: jnp.dty
     extent ends within a warpgroup's part of it is summed there with all of its columns.
     """
     sizes, extents = spans.group_sizes.astype(jnp.int32), spans.extents
-    total = jnp.minimum(jnp.sum(sizes, keepdims=True), lhs.shape[0])
+    total = jnp.sum(groups.within(sizes, lhs.shape[0]), keepdims=True, dtype=jnp.int32)
+    total = jnp.minimum(total, lhs.shape[0])
     bk, bn, stages = config.block_k, config.block_n, config.stages
     kernel = plgpu.kernel(
         functools.partial(_kernel, config=config, axis=None if extents is None else spans.extent_axis),

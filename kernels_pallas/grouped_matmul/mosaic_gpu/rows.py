@@ -387,6 +387,8 @@ def _call(lhs, rhs, biases, spans, outs, width, b_tile, copies, config, interpre
         **launch(config, barriers=False, approximate=options["activation"] is not None),
     )
     sizes = sizes.astype(jnp.int32)
+    if grid.parts > 1:  # the walk adds up the groups of an expert before it cuts them off
+        sizes = groups.within(sizes, grid.rows)
     operands = (sizes, sizes if extents is None else extents.astype(jnp.int32), *lhs, *rhs, *biases)
     # A kernel does not pass on over which mesh axes its operands vary.
     return [groups.vary(out, *operands) for out in kernel(*operands)]
