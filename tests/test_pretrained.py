@@ -211,7 +211,7 @@ def run(module, *arguments: str) -> int:
 def test_generate_streams_until_an_end_token(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     assert run(generate, f"--checkpoint={folder}", "--prompt=the cat", "--max_new_tokens=6", "--dtype=float32") == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("the cat") and "6 tokens" in captured.err and "tokens/s" in captured.err
+    assert captured.out.startswith("the cat") and "6 tokens, too few to time" in captured.err
     model, config, _ = pretrained.open_model(folder, compute_dtype="float32")
     tokenizer = generate.tokenizer_of(config.data, {})
     made: list[int] = []
