@@ -57,9 +57,9 @@ def training_rows(workdir: Path) -> list[ResultRow]:
         )  # fmt: skip
 
     rows = []
-    touched = touched_shares(config, final, metrics)
     loads = [r for r in metrics if r["kind"] == "final_load" and r["step"] == final["step"]]
-    lost = overflow([share for r in loads[-1:] for share in r.get("overflow_share", [])])
+    load = loads[-1] if loads else {}
+    touched, lost = touched_shares(config, load), overflow(load.get("overflow_share", []))
     for domain, value in final["bits_per_byte"].items():
         grams = {f"byte_{n}_gram": by_domain[domain] for n, by_domain in final["ngram"].items() if domain in by_domain}
         more = {"split": final["split"], "ngram_max_train_bytes": final.get("ngram_max_train_bytes")}
@@ -117,13 +117,11 @@ def last_that_trained(
     return {}, list(trained)
 
 
-def touched_shares(
-    config: dict[str, Any], final: dict[str, Any], metrics: Sequence[dict[str, Any]]
-) -> dict[str, float | None]:
-    """Share of pairs, by domain, that the config's limits touched in a final evaluation; {} where it has none."""
+def touched_shares(config: Mapping[str, Any], load: Mapping[str, Any]) -> dict[str, float | None]:
+    """Share of pairs, by domain, that the config's limits touched in the final evaluation with this row of loads; {}
+    where it has none."""
     moe = config["model"]["moe"]
     if moe["capacity_factor"] <= 0 and not moe.get("capacity_limits"):
         return {}
-    loads = [row for row in metrics if row["kind"] == "final_load" and row["step"] == final["step"]]
     # a workdir's older rows do not have it
-    return {d: part.get("touched_share") for d, part in loads[-1]["by_domain"].items()} if loads else {}
+    return {d: part.get("touched_share") for d, part in load.get("by_domain", {}).items()}
