@@ -35,7 +35,7 @@ from jaxtyping import Array
 
 from kernels_pallas.gather_rows import mosaic_gpu, mosaic_gpu_combine, mosaic_gpu_scatter, ref
 from kernels_pallas.gather_rows.mosaic_gpu import Config
-from kernels_pallas.rivals import command, jax_run, timing, worker
+from kernels_pallas.rivals import child, command, jax_run, timing
 from kernels_pallas.rivals import rows as results
 from kernels_pallas.rivals.case import TOLERANCE, WrongResult
 
@@ -222,7 +222,7 @@ def measure(operation: str, shape: Shape, padding: float, args: argparse.Namespa
             check(problem, runs[name]())
         except Exception as failure:
             runs.pop(name, None)
-            rows[name] = columns | {"error": worker.describe(failure)}
+            rows[name] = columns | {"error": child.describe(failure)}
             if executable is not None and not isinstance(failure, WrongResult):
                 break  # it ran and failed: the device may be spoiled, and other programs' errors would mislead
     try:
@@ -230,7 +230,7 @@ def measure(operation: str, shape: Shape, padding: float, args: argparse.Namespa
         runs["copy"] = functools.partial(jax_run.compiled(lambda words: ~words, words), words)
         timings = timing.in_turns(runs, jax.block_until_ready, args.repeats or 20, args.target_ms)
     except Exception as failure:
-        timings, told = {}, {"error": worker.describe(failure)}
+        timings, told = {}, {"error": child.describe(failure)}
         rows = {name: row if "refused" in row else told | row for name, row in rows.items()}
 
     for name, measured in timings.items():

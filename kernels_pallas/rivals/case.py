@@ -172,6 +172,7 @@ class Settings:
         tune: "short" (a few configurations), "full" (all that the rival lists) or "none".
         ceilings: of family `dense` to run, all if empty.
         known: configurations found before, by `key`: they save the sweep.
+        in_turn: all implementations of a case are timed in turn (`turns.py`), not one after the other.
     """
 
     repeats: int = 20
@@ -181,6 +182,7 @@ class Settings:
     tune: str = "short"
     ceilings: tuple[str, ...] = ()
     known: dict[str, str] = dataclasses.field(default_factory=dict)
+    in_turn: bool = False
 
 
 def key(implementation: str, case: Case) -> str:

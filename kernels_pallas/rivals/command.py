@@ -10,7 +10,7 @@ import jax
 
 from kernels_pallas.grouped_matmul import GROUPED_MATMUL
 from kernels_pallas.moe_ffn import MOE_FFN
-from kernels_pallas.rivals import rows, worker
+from kernels_pallas.rivals import child, rows, worker
 from kernels_pallas.rivals.case import AnyCase, Settings
 
 CEILINGS = {"GROUPED": ("dense_mosaic", "dense_cublas", "batched_cublas", "copy"), "LAYER": ("dense_mosaic",)}
@@ -36,7 +36,7 @@ def _end(*_: object) -> None:
 
 def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     """Flags of every benchmark of `families.GROUPED` or `families.LAYER`."""
-    known = list(worker.families_of(kind))
+    known = list(child.families_of(kind))
     parser.add_argument("--families", nargs="+", choices=known, help="default: all on a GPU, ours on a CPU")
     ours = {"GROUPED": GROUPED_MATMUL, "LAYER": MOE_FFN}[kind].backends
     parser.add_argument(
@@ -54,6 +54,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--ceiling", nargs="+", default=[], choices=CEILINGS[kind], help="of family dense, by name; default: all"
     )
+    parser.add_argument("--in-turn", action="store_true", help="all implementations of a case, one timing each")
     parser.add_argument("--processes", type=positive, default=4, help="of ours: while one measures, the others compile")
     parser.add_argument("--known", nargs="+", metavar="FILE", default=[], help="use configurations of these rows too")
     parser.add_argument("--output", help="JSON lines, appended as they come; configurations in it are used again")
@@ -72,7 +73,7 @@ def settings(args: argparse.Namespace, layouts: Sequence[str] = ("EKN",)) -> Set
         known |= rows.known_configurations(rows.read(path), device)
     return Settings(
         args.repeats or 20, args.target_ms, tuple(args.implementation), tuple(layouts), args.tune, tuple(args.ceiling),
-        known,
+        known, args.in_turn,
     )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace, kind: str, todo: Iterable[AnyCase], settings: 
         if value := getattr(args, variable):
             os.environ[f"MOEJAX_{variable.upper()}"] = value
     on_cpu = jax.default_backend() == "cpu"
-    names = [name for name in worker.families_of(kind) if name in (args.families or worker.families_of(kind))]
+    names = [name for name in child.families_of(kind) if name in (args.families or child.families_of(kind))]
     if on_cpu and not args.families:
         names = ["ours"]
     todo = list(todo)
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace, kind: str, todo: Iterable[AnyCase], settings: 
         if on_cpu:
             workers[name] = worker.Inline(kind, name)
         else:
-            count = max(1, args.processes if worker.families_of(kind)[name].team else 1)
+            count = max(1, args.processes if child.families_of(kind)[name].team else 1)
             members = [worker.Worker(kind, name, args.seconds) for _ in range(min(count, len(todo)))]
             workers[name] = worker.Team(members, todo, settings)
     problems = []

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kernels_pallas.rivals import worker
+import numpy as np
+
+from kernels_pallas.rivals import turns, worker
 from kernels_pallas.rivals.case import AnyCase, Case, LayerCase, Settings
 
 Row = dict[str, Any]
@@ -131,19 +133,29 @@ def ceiling(case: AnyCase, measured: Mapping[str, Row]) -> Row:
     return {}
 
 
-def complete(case: AnyCase, measured: Row, top: Row, best_rival: Row | None, extra: Row) -> Row:
-    """The row to be written: case, measurement, speed, share of the ceiling, our speed over the best rival's."""
+def complete(case: AnyCase, measured: Row, ceilings: Mapping[str, Row], best_rival: Row | None, extra: Row) -> Row:
+    """The row to be written: case, measurement, speed, share of the ceiling, our speed over the best rival's.
+
+    Where they were timed in turn, both are medians of the rounds' ratios (a layer's ceiling, the sum of two, is not),
+    and the latter has their 10th and 90th percentile.
+    """
     row = case.fields() | measured | speed(case, measured) | extra
     if measured.get("role") == "ceiling" or "median_ms" not in measured:
         return row
-    if top:
+    if top := ceiling(case, ceilings):
         value = row["gb_per_s"] if top["ceiling"] == "copy" else row["tflops_per_s"]
         row |= top | {"share_of_ceiling": value / top["ceiling_value"]}
+        of_one = ceilings.get(top["ceiling"].split()[0], {})
+        if rounds := turns.ratios(row, of_one):
+            row["share_of_ceiling"] *= float(np.median(rounds)) * row["median_ms"] / of_one["median_ms"]
     if measured.get("role") == "ours" and best_rival:
         row |= {
             "best_rival": best_rival["implementation"],
             "ratio_to_best_rival": best_rival["median_ms"] / row["median_ms"],
         }
+        if rounds := turns.ratios(row, best_rival):
+            low, middle, high = (float(np.percentile(rounds, at)) for at in (10, 50, 90))
+            row |= {"ratio_to_best_rival": middle, "ratio_to_best_rival_p10": low, "ratio_to_best_rival_p90": high}
     return row
 
 
@@ -152,21 +164,22 @@ def run_case(
 ) -> Iterator[Row]:
     """All rows of a case, each as soon as it is there: ceilings, then rivals, then ours.
 
-    A back end that refuses gives a row with "refused" only if it was named in the settings.
+    Timed in turn, they come together at the case's end. A back end that refuses gives a row with "refused" only if it
+    was named in the settings.
     """
     ceilings: dict[str, Row] = {}
     best: Row | None = None
-    for family, process in workers.items():
-        for measured in process.rows(case, settings):
-            if "refused" in measured and measured["implementation"].split("/")[0] not in settings.implementations:
-                continue
-            if family == "dense":
-                ceilings[measured["implementation"]] = measured
-            measured.setdefault("role", {"dense": "ceiling", "ours": "ours"}.get(family, "rival"))
-            yield complete(case, measured, ceiling(case, ceilings), best, extra)
-            if measured["role"] == "rival" and "median_ms" in measured:
-                if best is None or measured["median_ms"] < best["median_ms"]:
-                    best = measured
+    one_by_one = ((family, row) for family, process in workers.items() for row in process.rows(case, settings))
+    for family, measured in turns.measure(workers, case, settings) if settings.in_turn else one_by_one:
+        if "refused" in measured and measured["implementation"].split("/")[0] not in settings.implementations:
+            continue
+        if family == "dense":
+            ceilings[measured["implementation"]] = measured
+        measured.setdefault("role", {"dense": "ceiling", "ours": "ours"}.get(family, "rival"))
+        yield complete(case, measured, ceilings, best, extra)
+        if measured["role"] == "rival" and "median_ms" in measured:
+            if best is None or measured["median_ms"] < best["median_ms"]:
+                best = measured
 
 
 def _figure(row: Row) -> str:

@@ -1,15 +1,11 @@
-"""A family in a process of its own: the parent sends one case as a JSON line, the child answers with JSON lines.
+"""A family in a process of its own (`child.py`): the parent sends cases as JSON lines and gets rows.
 
-A request with "prepare" asks for the programs of a later case to be compiled, which uses no device and has no answer.
-Answers: {"start": name} before an implementation runs, {"row": {...}} after it, {"end": true} after the last one, or
-{"failed": reason} if the family has nothing to run.
-After a failure that may have spoiled the process (anything but a refusal) the child ends, and the parent starts
-a fresh one for what is left. A child that dies, or says nothing for too long, costs the row it was at.
+A child that failed in a way that may have spoiled it ends, and the parent starts a fresh one for what is left. A child
+that dies, or says nothing for too long, costs the row it was at.
 """
 
 import contextlib
 import dataclasses
-import gc
 import json
 import os
 import queue
@@ -18,90 +14,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from kernels_pallas.rivals import families
-from kernels_pallas.rivals.case import AnyCase, Case, LayerCase, Settings
+from kernels_pallas.rivals.case import AnyCase, Settings
+from kernels_pallas.rivals.child import Turns, families_of, pending, serve
 
-# These leave the device as it was; after another error (out of memory, an illegal address) only a new process is clean.
-HARMLESS = ("NotImplementedError", "ModuleNotFoundError", "ImportError", "ValueError", "WrongResult", "TypeError")
 START_SECONDS = 120.0
-
-
-def families_of(kind: str) -> dict[str, families.Family]:
-    """The table of `families` of that name, "GROUPED" or "LAYER"."""
-    return {"GROUPED": families.GROUPED, "LAYER": families.LAYER}[kind]
-
-
-def describe(problem: BaseException, limit: int = 600) -> str:
-    """The error as one line."""
-    text = " ".join(f"{type(problem).__name__}: {problem}".split())
-    return text if len(text) <= limit else text[:limit] + " ..."
-
-
-def serve(module: Any, case: AnyCase, settings: Settings, done: list[str], send: Callable[[dict], None]) -> bool:
-    """Measures what is not in `done`; returns whether the process is still clean."""
-    try:
-        pending = [(name, run) for name, run in module.measurements(case, settings) if name not in done]
-    except Exception as problem:  # say what the family is about is not installed
-        send({"failed": describe(problem)})
-        return True
-    for name, run in pending:
-        send({"start": name})
-        try:
-            result = run()
-        except Exception as problem:
-            send({"row": {"implementation": name, "error": describe(problem)}})
-            if type(problem).__name__ not in HARMLESS:
-                if name == pending[-1][0]:
-                    send({"end": True})
-                return False
-        else:
-            send({"row": {"implementation": name, **result}})
-        gc.collect()
-    send({"end": True})
-    return True
-
-
-def prepare(module: Any, case: AnyCase, settings: Settings) -> None:
-    """Compiles ahead, where the family can. What fails here fails again, and is told, when it is measured."""
-    if hasattr(module, "prepare"):
-        with contextlib.suppress(Exception):
-            module.prepare(case, settings)
-
-
-def decode_request(request: dict) -> tuple[AnyCase, Settings, list[str]]:
-    """The parts of a request as they were before JSON."""
-    kind = Case if "group_sizes" in request["case"] else LayerCase
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request["case"].items()}
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request["settings"].items()}
-    return kind(**fields), Settings(**settings), request["done"]
-
-
-def child(kind: str, family: str) -> None:
-    """Answers requests on stdin until it closes. What libraries print goes to stderr."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def send(message: dict) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
-    try:
-        module = families_of(kind)[family].load()
-    except Exception as problem:
-        send({"failed": describe(problem)})
-        return
-    send({"ready": True})
-    for line in sys.stdin:
-        request = json.loads(line)
-        case, settings, done = decode_request(request)
-        if request["prepare"]:
-            prepare(module, case, settings)
-        elif not serve(module, case, settings, done, send):
-            return
 
 
 class Inline:
@@ -119,6 +39,20 @@ class Inline:
                 yield {"implementation": self.family, "error": message["failed"]}
             elif "row" in message:
                 yield message["row"]
+
+    def begin(self, case: AnyCase, settings: Settings) -> tuple[list[str], list[dict]]:
+        """See `turns.Process`."""
+        failed: list[dict] = []
+        todo = pending(families_of(self.kind)[self.family].load(), case, settings, [], failed.append)
+        if todo is None:
+            return [], [{"implementation": self.family, "error": failed[0]["failed"]}]
+        self.turns = Turns(todo, lambda message: None)
+        rows = list(self.turns.begin())
+        return list(self.turns.runners), rows
+
+    def advance(self, name: str) -> dict | None:
+        """See `turns.Process`."""
+        return self.turns.advance(name)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -138,7 +72,7 @@ class Worker:
         self.kind, self.family = kind, family
         self.seconds = seconds * families_of(kind)[family].patience
         self.process: subprocess.Popen | None = None
-        self.command = [sys.executable, "-m", "kernels_pallas.rivals.worker", kind, family]
+        self.command = [sys.executable, "-m", "kernels_pallas.rivals.child", kind, family]
         self.log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115
         self.answers: queue.Queue[dict | None] = queue.Queue()
 
@@ -214,6 +148,39 @@ class Worker:
             fruitless = fruitless + 1 if len(done) == before else 0
         yield {"implementation": self.family, "error": reason}
 
+    def begin(self, case: AnyCase, settings: Settings) -> tuple[list[str], list[dict]]:
+        """See `turns.Process`."""
+        rows: list[dict] = []
+        fruitless, reason = 0, ""
+        while fruitless < 2:
+            at, before = None, len(rows)
+            for message in self._ask(case, settings, [row["implementation"] for row in rows]):
+                at = message.get("start", at)
+                reason = message.get("lost", reason)
+                if "row" in message:
+                    rows.append(message["row"])
+                elif "failed" in message:
+                    return [], [*rows, {"implementation": self.family, "error": message["failed"]}]
+                elif "at_turn" in message:
+                    return message["at_turn"], rows
+            self.close()
+            if at is not None and all(row["implementation"] != at for row in rows):
+                rows.append({"implementation": at, "error": reason})
+            fruitless = fruitless + 1 if len(rows) == before else 0
+        return [], [*rows, {"implementation": self.family, "error": reason}]
+
+    def advance(self, name: str) -> dict | None:
+        """See `turns.Process`."""
+        if self.process is None:
+            return {"implementation": name, "error": f"its process ended with another implementation: {self.tail()}"}
+        self._tell({"turn": name})
+        for message in self._listen():
+            if "lost" in message:
+                self.close()
+                return {"implementation": name, "error": message["lost"]}
+            return message.get("row")
+        raise AssertionError("a process that is heard says something or is lost")
+
     def prepare(self, case: AnyCase, settings: Settings) -> None:
         """Asks a child that runs to compile what this case needs; does not wait for it."""
         if self.process is not None and self.process.poll() is None:
@@ -222,7 +189,9 @@ class Worker:
 
     def _send(self, case: AnyCase, settings: Settings, done: Sequence[str] = (), prepare: bool = False) -> None:
         request = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings), "done": done}
-        request["prepare"] = prepare
+        self._tell(request | {"prepare": prepare})
+
+    def _tell(self, request: dict) -> None:
         assert self.process is not None and self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended: who waits for an answer is told
             self.process.stdin.write(json.dumps(request) + "\n")
@@ -234,6 +203,10 @@ class Worker:
             self.close()
             self.start()
         self._send(case, settings, done)
+        yield from self._listen()
+
+    def _listen(self) -> Iterator[dict]:
+        """The child's messages, up to what ends a request; {"lost": reason} last."""
         process = self.process
         assert process is not None
         while True:
@@ -253,7 +226,7 @@ class Worker:
                 continue
             self.preparing = False
             yield message
-            if "end" in message or "failed" in message:
+            if message.keys() & {"end", "failed", "at_turn"}:
                 return
 
 
@@ -293,6 +266,18 @@ class Team:
         yield from self.members[index % len(self.members)].rows(case, settings)
         self._prepare(index + len(self.members))
 
+    def begin(self, case: AnyCase, settings: Settings) -> tuple[list[str], list[dict]]:
+        """See `turns.Process`; cases must come in the order of `todo`."""
+        if self.at:
+            self._prepare(self.at - 1 + len(self.members))  # it had the case before
+        self.turn_of = self.members[self.at % len(self.members)]
+        self.at += 1
+        return self.turn_of.begin(case, settings)
+
+    def advance(self, name: str) -> dict | None:
+        """See `turns.Process`."""
+        return self.turn_of.advance(name)
+
     def close(self) -> None:
         """Ends all of them, at once."""
         for member in self.members:
@@ -304,7 +289,3 @@ def _forward(stream: Any, answers: queue.Queue) -> None:
     for line in stream:
         answers.put(json.loads(line))
     answers.put(None)
-
-
-if __name__ == "__main__":
-    child(sys.argv[1], sys.argv[2])

@@ -19,7 +19,7 @@ from kernels_pallas.grouped_matmul import bench, ffn_bench, groups, major_bench,
 from kernels_pallas.moe_ffn import bench as layer_bench
 from kernels_pallas.moe_ffn import specs as layer_specs
 from kernels_pallas.rivals import case as cases
-from kernels_pallas.rivals import command, dense, families, jax_run, layer, ours, rows, timing, worker
+from kernels_pallas.rivals import child, command, dense, families, jax_run, layer, ours, rows, timing, worker
 from kernels_pallas.rivals.case import Case, LayerCase, Settings
 
 QUICK = Settings(repeats=2, target_ms=0.1)
@@ -546,11 +546,11 @@ class Module:
 @pytest.mark.parametrize(("problem", "clean"), [(ValueError("no"), True), (MemoryError("out of memory"), False)])
 def test_after_an_error_that_may_have_spoiled_it_a_process_ends(problem, clean):
     sent = []
-    assert worker.serve(Module(problem), grouped(), QUICK, [], sent.append) is clean
+    assert child.serve(Module(problem), grouped(), QUICK, [], sent.append) is clean
     assert sent[1]["row"]["error"] == f"{type(problem).__name__}: {problem}"
     assert ("end" in sent[-1]) is clean
     sent.clear()
-    assert worker.serve(Module(problem), grouped(), QUICK, ["failing"], sent.append)
+    assert child.serve(Module(problem), grouped(), QUICK, ["failing"], sent.append)
     assert [message.get("start") for message in sent] == ["next", None, None]
 
 
@@ -558,7 +558,7 @@ def test_a_request_survives_json():
     for case in (grouped(), LAYER):
         settings = Settings(implementations=("a",), known={"x": "y"})
         request = {"case": dataclasses.asdict(case), "settings": dataclasses.asdict(settings), "done": ["b"]}
-        assert worker.decode_request(json.loads(json.dumps(request))) == (case, settings, ["b"])
+        assert child.decode_request(json.loads(json.dumps(request))) == (case, settings, ["b"])
 
 
 def test_processes_of_a_team_take_cases_in_turn_and_prepare_their_next():
@@ -588,7 +588,7 @@ def test_a_family_that_cannot_prepare_is_not_stopped_by_it():
             raise self.problem
 
     for family in (Module(None), Failing(MemoryError("no"))):
-        worker.prepare(family, grouped(), QUICK)
+        child.prepare(family, grouped(), QUICK)
 
 
 def test_a_family_runs_in_a_process_of_its_own():

@@ -359,11 +359,15 @@ def test_a_whole_sweep_in_the_interpreter_refuses_a_planted_wrong_kernel(folder,
 
 
 def test_the_rule_defers_stores_where_tiles_are_short():
-    short, long = tuning.for_rows(65536, 64, 2048, 1024, False), tuning.for_rows(16384, 8, 14336, 4096, False)
-    assert (short.defer, short.split) == (True, "m") and not long.defer
+    for k, n in ((2048, 1024), (4096, 14336)):
+        short = tuning.for_rows(65536, 64, k, n, False)
+        assert (short.defer, short.split) == (True, "m")
+    long = tuning.for_rows(16384, 8, 14336, 4096, False)
+    assert (long.defer, long.split) == (False, "n")
     few, many = tuning.for_outer(65536, 64, 2048, 1024), tuning.for_outer(16384, 8, 4096, 14336)
     assert (few.defer, few.cluster) == (True, 1) and (many.defer, many.cluster) == (False, 2)
-    assert not tuning.for_rows(512, 64, 2048, 1024, False).defer and not tuning.for_gated(65536, 64, 2048, 1024).defer
+    assert tuning.for_gated(65536, 64, 2048, 1024).defer
+    assert not tuning.for_rows(512, 64, 2048, 1024, False).defer and not tuning.for_gated(512, 64, 2048, 1024).defer
 
 
 def test_tiles_divide_half_of_the_columns_where_they_can():
@@ -377,7 +381,7 @@ def test_an_override_must_have_an_effect():
     wanted = outer.Config(stages=2)
     with tuning.using("outer", wanted):
         assert tuning.for_outer(64, 1, 64, 64) == wanted
-        assert tuning.for_rows(6400, 1, 4096, 64, False) == rows.Config(divide=True)
+        assert tuning.for_rows(6400, 1, 8192, 64, False) == rows.Config(divide=True)
     assert tuning.for_outer(6400, 1, 64, 64) == outer.Config()
     with pytest.raises(RuntimeError, match=r"operation='outer'.*had no effect"), tuning.using("outer", wanted):
         tuning.for_gated(64, 1, 64, 64)

@@ -113,14 +113,15 @@ def test_pieces_have_the_same_bits_and_no_race(
     assert max(taken) == pieces
 
 
-def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch):
+@pytest.mark.parametrize(("save", "defer"), [(True, False), (False, True)])
+def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch, save, defer):
     taken = count_pieces(monkeypatch)
     xs, gate, up, sizes = normal(0, 640, 128), normal(2, 3, 128, 128), normal(3, 3, 128, 128), (128, 0, 512)
     biases = normal(4, 3, 128), normal(5, 3, 128)
-    options = {"activation": "swiglu", "save": True, "interpret": True, "biases": biases}
+    options = {"activation": "swiglu", "save": save, "interpret": True, "biases": biases}
 
-    def run(divide):
-        config = rows.Config(split="m", stages=2, divide=divide)
+    def run(divide):  # whole tiles are stored at once: deferred stores must not change the bits either
+        config = rows.Config(split="m", stages=2, divide=divide, defer=defer and divide)
         return rows.gated_product(xs, gate, up, rows.Spans(jnp.array(sizes, jnp.int32)), config=config, **options)
 
     same_without_races(run)

@@ -31,10 +31,10 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"block_m": 128, "block_n": 128, "split": "m"},
     ],
     "gated": [
-        {"block_m": 128, "block_n": 256, "split": "m"},
         {"block_m": 128, "block_n": 256, "split": "m", "defer": True},
+        {"block_m": 128, "block_n": 256, "split": "m", "defer": False},
         {"block_m": 128, "block_n": 256, "split": "m", "cells": 4},
-        {"block_m": 256, "block_n": 128, "split": "m"},
+        {"block_m": 256, "block_n": 128, "split": "m", "defer": False},
     ],
     "outer": [
         {"block_k": 128, "block_n": 256, "defer": True},

@@ -30,8 +30,8 @@ from kernels_pallas.grouped_matmul.mosaic_gpu import outer, rows
 FOLDER = pathlib.Path(__file__).with_name("tuned")
 DECODE_ROWS = 32  # mean rows of an expert up to which reading the matrices is what takes time
 # From so many summed columns, or rows of an expert, on a tile takes so long that its end does not count (H100: deferred
-# stores gain 4 to 11 % for 768 to 2,048, and lose 1 % for 4,096 and more).
-LONG_DEPTH, LONG_ROWS = 4096, 2048
+# stores gain 4 to 11 % for 768 to 2,048 columns, 3 to 5 % for 4,096, and -1 to 2 % for 7,168 and more).
+LONG_DEPTH, LONG_ROWS = 8192, 2048
 
 Config = rows.Config | outer.Config
 CONFIGS: dict[str, type[rows.Config] | type[outer.Config]] = {
@@ -121,8 +121,8 @@ def default(operation: str, num_rows: int, experts: int, k: int) -> Config:
     if operation == "outer":  # the sum runs over rows
         return outer.Config(cluster=1, defer=True) if mean < LONG_ROWS else outer.Config()
     if operation == "gated":
-        # Warpgroups divide the rows, so that each holds gate and up of its own.
-        return rows.Config(split="m", divide=mean > DECODE_ROWS)
+        # Warpgroups divide the rows, so that each holds gate and up of its own. Deferred stores gain 0 to 2 % (H100).
+        return rows.Config(split="m", defer=mean > DECODE_ROWS, divide=mean > DECODE_ROWS)
     if mean <= DECODE_ROWS:
         # Few rows: narrow tiles, so that even few groups with rows keep all multiprocessors reading, and deep buffers.
         return rows.Config(block_m=64, block_n=128, stages=8)
