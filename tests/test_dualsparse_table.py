@@ -272,7 +272,7 @@ def test_the_page_says_what_the_rows_of_the_gpu_say():
     moves = [of["permute"] + of["combine"] for of in split.values()]
     assert "permute and combine take {:.2f} ms instead of {:.2f} ms".format(*moves) in page
     whole = at("olmoe, none", "speedup/layer")
-    assert whole.commit[:7] == "dc3863c" and f"without a limit takes {whole.extra['median_ms']:.2f} ms" in page
+    assert whole.commit[:7] == "2ce59cf" and f"without a limit takes {whole.extra['median_ms']:.2f} ms" in page
     one, sixteen = ([at(f"{m}, 1T, 25%", f"speedup/decode/{b}").value for m in ("olmoe", "mixtral")] for b in (1, 16))
     assert "gains {:.2f} (OLMoE) and {:.2f} (Mixtral) for one token".format(*one) in page
     assert "{:.2f} and {:.2f} for 16".format(*sixteen) in page

@@ -153,25 +153,25 @@ def count_pieces(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows_", [16384, 20480, 24576, 32768])
-def test_on_a_device_pieces_have_the_same_bits(rows_):
-    """More tiles than multiprocessors, which the small shapes of the other tests never have."""
-    shape = specs.SHAPES["olmoe"]
-    experts, d, f = shape.experts, shape.d_model, shape.d_expert
-    sizes = jnp.asarray(specs.dirichlet(experts, rows_, 5.0))
-    xs, gate, up = normal(0, rows_, d), normal(1, experts, d, f), normal(2, experts, d, f)
+@pytest.mark.parametrize("extent", [None, 512])
+@pytest.mark.parametrize("kernel", ["product", "gated"])
+def test_on_a_device_pieces_have_the_same_bits(kernel, extent):
+    """More tiles than multiprocessors, which the small shapes of the other tests never have: from one round to 17."""
+    most, experts, d, f = 32768, 64, 2048, 1024
+    xs, gate, up = normal(0, most, d), normal(1, experts, d, f), normal(2, experts, d, f)
+    extents = None if extent is None else jnp.full(experts, extent, jnp.int32)
 
-    def run(divide, extents):
-        def config(found):
-            return dataclasses.replace(found, divide=divide)
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(divide, xs, gate, up, sizes):
+        if kernel == "product":
+            config = dataclasses.replace(tuning.for_rows(most, experts, d, f, False), divide=divide)
+            options = {"transpose_rhs": False, "extent_axis": "n", "dtype": jnp.bfloat16, "config": config}
+            return backend.KERNELS.product(xs, up, sizes, extents, **options)
+        config = dataclasses.replace(tuning.for_gated(most, experts, d, f), divide=divide)
+        options = {"activation": "swiglu", "save": False, "config": config, "interpret": False}
+        return rows.gated_product(xs, gate, up, rows.Spans(sizes, extents), **options)[0]
 
-        of_up, of_both = tuning.for_rows(rows_, experts, d, f, False), tuning.for_gated(rows_, experts, d, f)
-        options = {"transpose_rhs": False, "extent_axis": "n", "dtype": jnp.bfloat16}
-        out = backend.KERNELS.product(xs, up, sizes, extents, config=config(of_up), **options)
-        options = {"activation": "swiglu", "save": False, "config": config(of_both), "interpret": False}
-        both = rows.gated_product(xs, gate, up, rows.Spans(sizes, extents), **options)
-        return [a[:, : f if extents is None else f // 2] for a in (out, *both)]
-
-    for extents in (None, jnp.full(experts, f // 2, jnp.int32)):
-        found = [jax.jit(functools.partial(run, divide, extents))() for divide in (False, True)]
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *found)
+    for total in (2048, 6144, 10240, 16384, 20480, 24576, most):
+        sizes = jnp.asarray(specs.dirichlet(experts, total, 5.0))
+        whole, cut = (np.asarray(run(divide, xs, gate, up, sizes)[:total, :extent]) for divide in (False, True))
+        np.testing.assert_array_equal(whole, cut)
