@@ -3,7 +3,7 @@
     python -m kernels_pallas.grouped_matmul.bench [--operation forward dlhs drhs decode major] [--shape NAME ...]
         [--projection up down] [--alpha A ...] [--rows N ...] [--implementation NAME ...] [--layout EKN ENK]
         [--families NAME ...] [--seconds S] [--minutes M] [--repeats N] [--dtype bfloat16] [--output FILE.jsonl]
-        [--tune none short full] [--known FILE.jsonl ...] [--ceiling NAME ...] [--processes N]
+        [--tune none short full] [--known FILE.jsonl ...] [--ceiling NAME ...] [--processes N] [--in-turn]
     python -m kernels_pallas.grouped_matmul.bench --operation ffn major_ffn [--shape NAME ...]
     python -m kernels_pallas.grouped_matmul.bench --summary FILE.jsonl
 
@@ -16,7 +16,8 @@ whole FFN so, beside that with all of F (`major_bench.py`).
 
 On a GPU four processes (`--processes`) take the cases of ours in turn: one measures while the others, and the family
 `dense`, compile what comes next. `--known` takes the best configurations of dense and rival kernels from earlier
-rows instead of a sweep, `--ceiling` names the dense matmuls to time.
+rows instead of a sweep, `--ceiling` names the dense matmuls to time. Within a run the card's clock moves by more than
+most kernels differ: `--in-turn` times all implementations of a case one timing each, so that it counts for all alike.
 """
 
 import argparse

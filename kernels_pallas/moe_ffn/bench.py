@@ -2,7 +2,7 @@
 
     python -m kernels_pallas.moe_ffn.bench [--shape NAME ... | sonic | all] [--pass forward forward+backward]
         [--scope experts layer] [--alpha A ...] [--implementation NAME ...] [--families NAME ...] [--seconds S]
-        [--minutes M] [--repeats N] [--dtype bfloat16] [--output FILE.jsonl]
+        [--minutes M] [--repeats N] [--dtype bfloat16] [--in-turn] [--output FILE.jsonl]
     python -m kernels_pallas.moe_ffn.bench --summary FILE.jsonl
 
 Scope `experts` takes the routing as given, with the skew of Dirichlet(alpha); scope `layer` has a linear router with
@@ -13,6 +13,7 @@ peak memory of a pass with its inputs and results, and ours what is saved for th
 
 On a GPU four processes (`--processes`) take the cases of ours in turn: one measures while the others, and the family
 `dense`, compile what comes next. `--known` takes the best configurations of dense kernels from earlier rows.
+`--in-turn` times all implementations of a case one timing each, so that a change of the card's clock counts for all.
 """
 
 import argparse

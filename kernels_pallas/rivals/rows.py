@@ -204,14 +204,15 @@ def line(row: Row) -> str:
         return f"{head} {_problem(row)}"
     share = f"{100 * row['share_of_ceiling']:.0f}%" if "share_of_ceiling" in row else "-"
     rival = f"{row['ratio_to_best_rival']:.2f}" if "ratio_to_best_rival" in row else "-"
-    more = f"{row['ratio_to_full']:.2f} of full" if "ratio_to_full" in row else ""
-    if "peak_bytes" in row:
-        more = f"peak {row['peak_bytes'] / 2**30:.2f} GiB"
-    if "saved_bytes" in row:
-        more += f", saved {row['saved_bytes'] / 2**30:.2f} GiB"
+    more = [f"{row['ratio_to_full']:.2f} of full"] if "ratio_to_full" in row else []
+    for part in ("peak", "saved"):
+        if f"{part}_bytes" in row:
+            more.append(f"{part} {row[f'{part}_bytes'] / 2**30:.2f} GiB")
+    if "ratio_to_best_rival_p10" in row:
+        more.append(f"rounds {row['ratio_to_best_rival_p10']:.2f} to {row['ratio_to_best_rival_p90']:.2f}")
     if row.get("p10_ms") and row["p90_ms"] > UNSTEADY * row["p10_ms"]:
-        more += f" unsteady: p90/p10 {row['p90_ms'] / row['p10_ms']:.2f}"
-    return f"{head}{row['median_ms']:>10.4g}{_figure(row):>15}{share:>8}{rival:>8} {more}".rstrip()
+        more.append(f"unsteady: p90/p10 {row['p90_ms'] / row['p10_ms']:.2f}")
+    return f"{head}{row['median_ms']:>10.4g}{_figure(row):>15}{share:>8}{rival:>8} {', '.join(more)}".rstrip()
 
 
 HEAD = (
