@@ -101,8 +101,9 @@ def time_ours(
             def extend() -> jax.Array:
                 # places beyond a row's length are free: the same prompt again
                 cache = dataclasses.replace(held[0], length=jnp.full(len(tokens), context, jnp.int32))
+                rows = jnp.zeros(len(tokens), bool), jnp.zeros(0, jnp.int32)  # none has ended, none will
                 made, held[0] = decode.extend(
-                    model, token, cache, jax.random.key(0), jnp.int32(0), decode.greedy, new_tokens
+                    model, token, cache, jax.random.key(0), jnp.int32(0), *rows, decode.greedy, new_tokens
                 )
                 return made
 

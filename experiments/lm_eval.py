@@ -70,15 +70,19 @@ def generate_fn(
     model: Decoder, vocab_size: int, limits: tuple[Limit, ...] = (), limit_steps: bool = False
 ) -> GenerateFn:
     """Greedy decoding; ids that the tokenizer does not have are never chosen. Dropless but for ``limits``, which act on
-    prompts, and on each step with ``limit_steps``."""
+    prompts, and on each step with ``limit_steps``: then one token at a time, as no ended row may be in the next."""
 
     how: dict[str, Any] = {"limits": limits, "limit_steps": limit_steps} if limits else {}
+    if limits and limit_steps:
+        how["at_a_time"] = 1
 
     def known(logits: Float[Array, "B V"], key: Array) -> Int[Array, "B"]:
         return decode.greedy(logits[:, :vocab_size], key)
 
-    def generate(prompts: list[np.ndarray], max_new_tokens: int, pad_to: int) -> Iterator[np.ndarray]:
-        return decode.generate(model, prompts, max_new_tokens, sampler=known, pad_to=pad_to, **how)
+    def generate(
+        prompts: list[np.ndarray], max_new_tokens: int, pad_to: int, ended: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        return decode.generate(model, prompts, max_new_tokens, sampler=known, pad_to=pad_to, ended=ended, **how)
 
     return generate
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax.model import Cache, Decoder
 from moejax.types import Limit
@@ -79,23 +79,29 @@ def extend(
     cache: Cache,
     key: PRNGKeyArray,
     begin: Array,
+    ended: Bool[Array, "B"],
+    stops: Int[Array, "n"],
     sampler: Sampler,
     steps: int,
     limits: tuple[Limit, ...] = (),
 ) -> tuple[Int[Array, "steps B"], Cache]:
-    """The ``steps`` tokens after ``token``, each drawn with ``fold_in(key, i)`` for ``i`` from ``begin`` on.
+    """The ``steps`` tokens after ``token``, each drawn with ``fold_in(key, i)`` for ``i`` from ``begin`` on. A row that
+    has ``ended``, or meets one of ``stops``, repeats its last token.
 
-    One program for all of them: the host is not asked in between. ``limits`` act on the B tokens of each step.
+    One program for all of them: the host is not asked in between. ``limits`` act on the tokens of each step, of rows
+    that have not ended.
     """
     alone = jnp.ones((token.shape[0], 1), bool)
 
     def body(carry: tuple, i: Array) -> tuple[tuple, Array]:
-        token, cache = carry
-        out = model(token[:, None], mask=alone, cache=cache, limits=limits)
+        token, ended, cache = carry
+        # Without limits no row depends on another one: then all of them may go on.
+        out = model(token[:, None], mask=~ended[:, None] if limits else alone, cache=cache, limits=limits)
         new = sampler(out.logits[:, 0], jax.random.fold_in(key, i)).astype(token.dtype)
-        return (new, out.cache), new
+        new = jnp.where(ended, token, new)
+        return (new, ended | jnp.isin(new, stops), out.cache), new
 
-    (_, cache), made = jax.lax.scan(body, (token, cache), begin + jnp.arange(steps))
+    (_, _, cache), made = jax.lax.scan(body, (token, ended, cache), begin + jnp.arange(steps))
     return made, cache
 
 
@@ -111,9 +117,10 @@ def generate(
     at_a_time: int = AT_A_TIME,
     limits: tuple[Limit, ...] = (),
     limit_steps: bool = False,
+    ended: Bool[np.ndarray, "B"] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields one new token for each row, ``max_new_tokens`` times at most; stops when every row has met ``stop_id``, or
-    one of several.
+    one of several. A row that has ended repeats its last token until all have.
 
     The first token comes alone, the others ``at_a_time`` by one program (what it makes too much is thrown away).
     ``sampler`` is part of that program: pass the same function again and nothing is compiled anew.
@@ -123,7 +130,10 @@ def generate(
 
     ``limits`` act on the prompts, real tokens only, whatever the config's own; with ``limit_steps`` also on the tokens
     of each decoding step. There they want a rounding that leaves a few tokens something (``docs/limits.md``), and no
-    draw at random.
+    draw at random. Rows that have ended are no tokens of a step.
+
+    ``ended`` tells which rows have: it is written here, and may be by the caller, for what else ends a row, say a stop
+    string. That counts from the next program on: with ``at_a_time=1`` from the next token on.
 
     Raises:
       ValueError: an empty prompt, or ``at_a_time`` below 1.
@@ -143,16 +153,17 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     logits, cache = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), places, limits)
-    stops = () if stop_id is None else stop_id
-    done = np.zeros(len(prompts), bool)
+    stops = np.atleast_1d(np.asarray(() if stop_id is None else stop_id, np.int32))
+    ended = np.zeros(len(prompts), bool) if ended is None else ended
     made = sampler(logits, jax.random.fold_in(key, 0))[None]
     count = 0
     while True:
         for new in np.asarray(made):
             yield new
             count += 1
-            done |= np.isin(new, stops)
-            if done.all() or count == max_new_tokens:
+            ended |= np.isin(new, stops)
+            if ended.all() or count == max_new_tokens:
                 return
         in_force = (limits,) if limit_steps and limits else ()
-        made, cache = extend(model, made[-1], cache, key, jnp.int32(count), sampler, at_a_time, *in_force)
+        rows = jnp.asarray(ended), jnp.asarray(stops)
+        made, cache = extend(model, made[-1], cache, key, jnp.int32(count), *rows, sampler, at_a_time, *in_force)

@@ -9,6 +9,7 @@ import pytest
 
 from moejax import decode
 from moejax.decode import generate, greedy, sampled
+from moejax.limits import token_drop
 from tests import moe_fakes as fakes
 from tests.attention_fakes import LATENT
 
@@ -109,7 +110,42 @@ def test_generation_stops_when_every_row_has_met_the_stop_token():
     for stop in set(expected.ravel().tolist()):
         first = [list(row).index(stop) if stop in row else NEW for row in expected]
         steps = min(NEW, max(first) + 1)
-        assert run(stop_id=stop) == expected[:, :steps].tolist()
+        until = [[*row[: i + 1], *[stop] * NEW][:steps] for row, i in zip(expected.tolist(), first, strict=True)]
+        for at_a_time in (1, 8):
+            assert run(stop_id=stop, at_a_time=at_a_time) == until
+
+
+def test_rows_that_have_ended_are_no_tokens_of_a_limited_step():
+    """Two rows choose an expert that one of them may have: alone, each has it."""
+    built, steps = model(), 4
+    limits = (token_drop(1.0, rounding="at_least_one"),)
+
+    def middle(logits, key):  # what is likeliest may stay so without an expert
+        return jnp.argsort(logits, axis=-1)[:, logits.shape[1] // 2]
+
+    def go_on(rows, ended):
+        prompts = [PROMPTS[1]] * rows
+        logits, cache = decode.prefill(built, jnp.asarray(prompts), jnp.full(rows, len(PROMPTS[1])), 9)
+        ended = jnp.asarray(ended), jnp.zeros(0, jnp.int32)
+        more = (jax.random.key(0), jnp.int32(1), *ended, middle, steps, limits)
+        return np.asarray(decode.extend(built, greedy(logits, more[0]), cache, *more)[0])
+
+    alone = go_on(1, [False])
+    both = go_on(3, [True, False, True])
+    np.testing.assert_array_equal(both[:, 1], alone[:, 0])
+    assert len({tuple(row) for row in go_on(3, [False] * 3).T}) > 1  # else: they took places from one another
+    assert len(set(both[:, 0].tolist())) == 1
+
+
+def test_a_caller_may_end_a_row():
+    ended = np.zeros(len(PROMPTS), bool)
+    made = []
+    for new in generate(model(), PROMPTS, NEW, ended=ended, at_a_time=1):
+        made.append(new.tolist())
+        ended[0] = len(made) == 2 or ended[0]
+    expected = np.asarray(by_full_forwards()).T.tolist()
+    assert made == expected[:2] + [[expected[1][0], *row[1:]] for row in expected[2:]]
+    assert len(list(generate(model(), PROMPTS, NEW, ended=np.ones(len(PROMPTS), bool)))) == 1
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, rows: list[list[int]], stops: int | tuple[int, ...] | None) -> list:
@@ -122,7 +158,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, rows: list[list[int]], stops: int 
 
 @pytest.mark.parametrize(("stops", "steps"), [((7, 9), 3), (7, 4), ((8,), 4), ((), 4), (None, 4), (9, 4)])
 def test_generation_stops_at_any_of_several_tokens(monkeypatch: pytest.MonkeyPatch, stops, steps: int):
-    """Rows that have stopped go on until all have."""
+    """Rows that have stopped give tokens until all have."""
     made = scripted(monkeypatch, [[7, 1, 1], [2, 9, 1], [3, 3, 7], [4, 4, 4]], stops)
     assert np.asarray(made).tolist() == [[7, 1, 1], [2, 9, 1], [3, 3, 7], [4, 4, 4]][:steps]
 

@@ -144,7 +144,7 @@ def test_generation_limits_prompts_and_steps_only_where_asked(monkeypatch: pytes
         calls.append(("prompt", limits))
         return jnp.zeros((1, 4)), None
 
-    def extend(model, token, cache, key, begin, sampler, steps, limits=()):
+    def extend(model, token, cache, key, begin, ended, stops, sampler, steps, limits=()):
         calls.append(("steps", limits))
         return jnp.zeros((steps, 1), jnp.int32), None
 

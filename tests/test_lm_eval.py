@@ -270,7 +270,9 @@ def test_generated_text_is_the_argmax_of_each_step(harness: Harness, model: Deco
 def says(*tokens: int) -> Any:
     """Decoding that gives these tokens for every prompt, and keeps what it was asked for."""
 
-    def generate(prompts: list[np.ndarray], max_new_tokens: int, pad_to: int) -> Iterator[np.ndarray]:
+    def generate(
+        prompts: list[np.ndarray], max_new_tokens: int, pad_to: int, ended: np.ndarray
+    ) -> Iterator[np.ndarray]:
         asked.append((prompts, max_new_tokens, pad_to))
         for i, token in enumerate(tokens[:max_new_tokens]):
             steps.append(i)

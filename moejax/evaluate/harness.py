@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from moejax.config import ConfigError
 from moejax.evaluate import scoring
@@ -27,11 +27,12 @@ OF_DRAWS = ("top_k", "top_p", "min_p", "seed")
 class GenerateFn(Protocol):
     """Continues prompts greedily: yields one token for each, ``max_new_tokens`` times at most.
 
-    Prompts are padded to ``pad_to`` tokens, which changes no result.
+    Prompts are padded to ``pad_to`` tokens, which changes no result. What rows that have ``ended`` still get is not
+    read; the caller writes it there.
     """
 
     def __call__(
-        self, prompts: list[Int[np.ndarray, "n"]], max_new_tokens: int, pad_to: int
+        self, prompts: list[Int[np.ndarray, "n"]], max_new_tokens: int, pad_to: int, ended: Bool[np.ndarray, "B"]
     ) -> Iterator[Int[np.ndarray, "B"]]: ...
 
 
@@ -154,7 +155,8 @@ class Harness:
         arrays = [np.array(prompt, np.int32) for prompt in prompts + filler]
         rows: list[Tokens] = [[] for _ in prompts]
         texts: list[str | None] = [None] * len(prompts)
-        for new in self.generate(arrays, max(want.max_new_tokens for want in wanted), pad_to):
+        ended = np.arange(len(arrays)) >= len(prompts)
+        for new in self.generate(arrays, max(want.max_new_tokens for want in wanted), pad_to, ended):
             for i, want in enumerate(wanted):
                 if texts[i] is None:
                     token = int(new[i])
@@ -162,7 +164,7 @@ class Harness:
                     text = self.tokenizer.decode(rows[i])
                     stopped = token in ends or any(stop in text for stop in want.until)
                     if stopped or len(rows[i]) == want.max_new_tokens:
-                        texts[i] = before_stop(text, want.until)
+                        texts[i], ended[i] = before_stop(text, want.until), True
             if all(text is not None for text in texts):
                 break
         return [text or "" for text in texts]
