@@ -46,8 +46,8 @@ def gather_rows(
 ) -> Float[Array, "R D"]:
     """out[r] = x[index[r]], bit by bit; zeros where the index is out of bounds. As in NumPy, -1 is the last row.
 
-    Differentiable in x: the gradient is a scatter-add. Where the inverse of the index is known, a `custom_vjp` that
-    gathers by it is faster.
+    Differentiable in x: the gradient is a scatter-add, in float32 and rounded once. Where the inverse of the index is
+    known, a `custom_vjp` that gathers by it is faster.
 
     Args:
         x: rows to choose from.

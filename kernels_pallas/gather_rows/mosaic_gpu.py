@@ -24,6 +24,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul import groups
+from kernels_pallas.grouped_matmul.ffn import accumulator
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block
 
 ALIGN = 128  # bytes: TMA writes to shared memory at multiples of it
@@ -235,8 +236,9 @@ def _gather_bwd(static: _Static, saved: tuple[Array, ...], dy: Array) -> tuple[A
     index, *leading = saved
     if leading:  # the others are not part of the result
         index = jnp.where(jnp.arange(index.shape[0]) < leading[0], index, static.size)
-    zeros = groups.zeros((static.size, dy.shape[1]), dy.dtype, dy, index)
-    return zeros.at[index].add(dy, mode="drop"), None, None
+    wide = accumulator(dy.dtype)
+    zeros = groups.zeros((static.size, dy.shape[1]), wide, dy, index)
+    return zeros.at[index].add(dy.astype(wide), mode="drop").astype(dy.dtype), None, None
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -1,7 +1,23 @@
 """Back end `ref`: XLA's gather. It may be fused into what reads it, and it is the oracle."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul import groups
+from kernels_pallas.grouped_matmul.ffn import accumulator
+
+
+@jax.custom_jvp
+def _gather(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@_gather.defjvp
+def _gather_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    # As wide as a sum must be, for the transpose: it adds up the cotangents of a row that is in the result many times.
+    wide = tangents[0].astype(accumulator(primals[0].dtype))
+    return _gather(*primals), _gather(wide, primals[1]).astype(primals[0].dtype)
 
 
 def gather_rows(
@@ -12,7 +28,9 @@ def gather_rows(
 ) -> Float[Array, "R D"]:
     """See `api.gather_rows`. All rows are copied, whatever `count` is."""
     del count, places
-    return x.at[index].get(mode="fill", fill_value=0)
+    if x.shape[0] == 0:  # XLA has no gather from nothing
+        return groups.zeros((index.shape[0], x.shape[1]), x.dtype, x, index)
+    return _gather(x, index)
 
 
 def combine_rows(

@@ -68,6 +68,7 @@ GROUPED_FFN = Operation(
 )
 
 
+@groups.automatic
 def grouped_matmul(
     lhs: Float[Array, "P K"],
     rhs: Float[Array, "E K N"] | Float[Array, "E N K"],
@@ -84,11 +85,12 @@ def grouped_matmul(
     G is a multiple of E, group g is of expert g // (G // E): usually one group for each expert, or two where only
     some of an expert's columns are wanted for some of its rows.
 
-    Differentiable in lhs and rhs (reverse mode, once; `ref` any number of times). Sums are float32. Any
-    group may be empty. Rows beyond `sum(group_sizes)` are unspecified, in the result and in the gradient of
-    lhs, and may be NaN; what stands there in lhs or in the cotangent reaches nothing else.
+    Differentiable in lhs and rhs (reverse mode, once; `ref` any number of times). Sums are float32. Any group may be
+    empty, and P, K and N may be 0. Rows beyond `sum(group_sizes)` are unspecified, in the result and in the gradient
+    of lhs, and may be NaN; what stands there in lhs or in the cotangent reaches nothing else.
 
-    Inside `shard_map` an operand may be the same on several shards: its gradient is the sum over them.
+    Inside `shard_map` an operand may be the same on several shards: its gradient is the sum over them. Outside of it
+    mesh axes may be Explicit: the result is split as the rows of lhs are.
 
     Args:
         lhs: rows sorted by group, of a floating-point type of 16 bits or more.
@@ -129,9 +131,9 @@ def grouped_matmul(
     if extent_axis not in EXTENT_AXES:
         raise ValueError(f"extent_axis={extent_axis!r} must be one of {EXTENT_AXES}: the axis that extents limit")
     lhs, rhs, group_sizes, extents = groups.alike((lhs, rhs, group_sizes, extents))
-    if lhs.shape[0] == 0:
+    if 0 in (*lhs.shape, n):  # nothing to multiply: empty, or sums of nothing
         GROUPED_MATMUL.names(implementation, default_platform())  # an unknown one is an error here too
-        return groups.zeros((0, n), preferred_element_type or lhs.dtype, lhs)
+        return groups.zeros((lhs.shape[0], n), preferred_element_type or lhs.dtype, lhs)
     if extents is None:
         group_sizes = groups.per_expert(group_sizes, rhs.shape[0])
     options = {
@@ -143,6 +145,7 @@ def grouped_matmul(
     return GROUPED_MATMUL.select(implementation, lhs, rhs, group_sizes, **options).run(lhs, rhs, group_sizes, **options)
 
 
+@groups.automatic
 def grouped_ffn(
     xs: Float[Array, "P D"],
     group_sizes: Int[Array, "G"],
@@ -187,7 +190,7 @@ def grouped_ffn(
     _check_ffn(xs, group_sizes, weights, activation, extents, row_weights)
     varying = groups.alike((xs, weights, row_weights, group_sizes, extents))
     xs, weights, row_weights, group_sizes, extents = varying
-    if xs.shape[0] == 0:
+    if 0 in xs.shape:
         GROUPED_FFN.names(implementation, default_platform())  # an unknown one is an error here too
         return jnp.zeros_like(xs)
     if extents is None:

@@ -4,6 +4,9 @@ Rows are sorted by group: group g holds rows `start[g] <= row < end[g]`, the tai
 belongs to none. With E experts and G groups, group g belongs to expert `g // (G // E)`.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -148,3 +151,35 @@ def alike[T](operands: T) -> T:
     back for the operand of a `custom_vjp` must vary over the axes over which it does, no others.
     """
     return jax.tree.map(lambda a: vary(a, *jax.tree.leaves(operands)), operands)
+
+
+def automatic[**P](call: Callable[P, Array]) -> Callable[P, Array]:
+    """`call` for arrays whose types say how they are split (`AxisType.Explicit`), which loops and kernels cannot.
+
+    Within, XLA decides who computes what. The rows of the result are split as those of the first argument, its columns
+    are not; a gradient is split as what it is of. Inside `shard_map` `call` is what it was: of axes that stay Explicit
+    there JAX 0.11.2 cannot keep for the backward what was computed within.
+    """
+    inner: Callable[..., Array] = call
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def run(*args: P.args, **options: P.kwargs) -> Array:
+        given = [a for a in (*args, *options.values()) if isinstance(a, jax.Array)]
+        meshes = [jax.typeof(a).sharding.mesh for a in given] + [jax.sharding.get_abstract_mesh()]
+        mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+        if mesh is None or mesh.manual_axes:
+            return call(*args, **options)
+        named = signature.bind(*args, **options).arguments
+        arrays = {name: a for name, a in named.items() if isinstance(a, jax.Array)}
+        rest = {name: a for name, a in named.items() if name not in arrays}
+        rows = arrays.get(next(iter(named)))
+        split = jax.NamedSharding(mesh, jax.P() if rows is None else jax.P(*jax.typeof(rows).sharding.spec[:1]))
+
+        @jax.sharding.auto_axes(axes=mesh.explicit_axes, out_sharding=split)
+        def within(arrays: dict[str, Array]) -> Array:
+            return inner(**arrays, **rest)
+
+        return within(arrays)
+
+    return run

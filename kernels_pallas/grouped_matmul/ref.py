@@ -62,7 +62,10 @@ def compose(matmul):
         sizes = groups.per_expert(group_sizes, experts)
 
         def project(x: Array, w: Array, bias: Array | None) -> Array:
-            y = matmul(x, w, sizes, preferred_element_type=wide)
+            if w.size:
+                y = matmul(x, w, sizes, preferred_element_type=wide)
+            else:  # F = 0, which kernels need not know
+                y = groups.zeros((x.shape[0], w.shape[2]), wide, x)
             return groups.add_bias(y, bias, sizes)
 
         gate = None if weights.gate is None else project(xs, weights.gate, weights.gate_bias)

@@ -38,6 +38,7 @@ def _refuse_mosaic_gpu(x, expert, weight, params: Weights, activation, valid=Non
 MOE_FFN = Operation("moe_ffn", {name: _backend(name) for name in GROUPED_MATMUL.backends}, GROUPED_MATMUL.order)
 
 
+@groups.automatic
 def moe_ffn(
     x: Float[Array, "T D"],
     expert: Int[Array, "T K"],
@@ -93,7 +94,7 @@ def moe_ffn(
     _check_routing(x, expert, weight, valid)
     _check_params(x, params, activation)
     x, expert, weight, params, valid = groups.alike((x, expert, weight, params, valid))
-    if expert.size == 0:
+    if 0 in (x.size, expert.size):
         MOE_FFN.names(implementation, default_platform())  # an unknown one is an error here too
         return jnp.zeros_like(x)
     args = (x, expert, weight, params, activation, valid)

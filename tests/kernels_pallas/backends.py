@@ -4,6 +4,7 @@ Whatever the contract lets be NaN is NaN in the inputs, so that anything that re
 that has rows, columns beyond an extent of lhs ("k") or of the cotangent ("n").
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -46,9 +47,9 @@ def ffn_inputs(shape, activation, *, bias=False, dtype=np.float32):
     e, d, f, p = shape.experts, shape.d_model, shape.d_expert, shape.rows
     gated = activation in GATED
     weights = Weights(
-        gate=normal(1, (e, d, f), dtype, d**-0.5) if gated else None,
-        up=normal(2, (e, d, f), dtype, d**-0.5),
-        down=normal(3, (e, f, d), dtype, f**-0.5),
+        gate=normal(1, (e, d, f), dtype, max(d, 1) ** -0.5) if gated else None,
+        up=normal(2, (e, d, f), dtype, max(d, 1) ** -0.5),
+        down=normal(3, (e, f, d), dtype, max(f, 1) ** -0.5),
         gate_bias=normal(4, (e, f), dtype) if gated and bias else None,
         up_bias=normal(5, (e, f), dtype) if bias else None,
         down_bias=normal(6, (e, d), dtype) if bias else None,
@@ -216,6 +217,32 @@ def check_ffn(
     # of them over a bound, where the gradient jumps: 3 % of its norm.
     jumps = activation == "swiglu_clamped" and dtype == jnp.bfloat16
     compare_ffn(actual, expected, tolerance, 5e-2 if jumps else None)
+
+
+def check_without_columns(implementation):
+    """K = 0 or N = 0, D = 0 or F = 0: sums of nothing are zero, and biases are still added."""
+    sizes, extents, valid = np.array([1, 2], np.int32), np.array([3, 2]), np.array([1, 1, 1, 0])[:, None]
+    for k, n, transpose_rhs, axis in ((3, 0, False, None), (0, 5, True, None), (0, 5, False, "k"), (0, 0, True, "n")):
+        options = {
+            "transpose_rhs": transpose_rhs,
+            "implementation": implementation,
+            "preferred_element_type": "float32",
+        }
+        options |= {"extents": extents, "extent_axis": axis} if axis else {}
+        shape = (2, n, k) if transpose_rhs else (2, k, n)
+        lhs, rhs = jnp.ones((4, k), jnp.bfloat16), jnp.ones(shape, jnp.bfloat16)
+        out, pull = jax.vjp(lambda lhs, rhs, options=options: grouped_matmul(lhs, rhs, sizes, **options), lhs, rhs)
+        dlhs, drhs = pull(jnp.ones_like(out))
+        assert (out.shape, out.dtype) == ((4, n), jnp.float32)
+        assert [(a.shape, a.dtype) for a in (dlhs, drhs)] == [(a.shape, a.dtype) for a in (lhs, rhs)]
+        assert not any(np.any(a) for a in (out * valid, dlhs * valid, drhs))
+
+    for d, f, activation in ((3, 0, "swiglu"), (3, 0, "relu"), (0, 5, "swiglu"), (0, 0, "relu")):
+        shape = dataclasses.replace(specs.SHAPES["tiny"], d_model=d, d_expert=f, rows=4, experts=2)
+        arguments = ffn_inputs(shape, activation, bias=True)
+        xs, weights, dy, rows = (poisoned(a, sizes) if isinstance(a, np.ndarray) else a for a in arguments)
+        actual = jitted_ffn(implementation, activation)(xs, sizes, weights, dy, None, rows)
+        compare_ffn(actual, oracle.ffn(xs, weights, sizes, dy, activation, row_weights=rows), 1e-6)
 
 
 def check_shards(loss, operands, rest, split):

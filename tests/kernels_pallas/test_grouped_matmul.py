@@ -24,6 +24,7 @@ from tests.kernels_pallas.backends import (
     check_ffn,
     check_matmul,
     check_shards,
+    check_without_columns,
     ffn_inputs,
     jitted_matmul,
     normal,
@@ -324,6 +325,11 @@ def test_gradients_of_what_shards_share_are_the_sums_over_them(implementation, s
 
     which = split == "rows", jax.tree.map(lambda _: split == "weights", weights), split == "rows"
     check_shards(of_ffn, (xs, weights, row_weights), sizes, which)
+
+
+@pytest.mark.parametrize("implementation", ALWAYS)
+def test_arrays_without_columns(implementation):
+    check_without_columns(implementation)
 
 
 def test_an_unknown_back_end_is_an_error_without_rows_too():

@@ -216,6 +216,26 @@ def test_no_pairs(tokens, choices):
     np.testing.assert_array_equal(y, jnp.zeros((tokens, D)))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("d", "f"), [(D, 0), (0, F)])
+def test_without_columns_the_biases_are_left(implementation, d, f):
+    x, (expert, valid), weight = normal(1, (T, d)), ROUTINGS["some dropped"], normal(2, (T, K))
+    params = Weights(None, jnp.ones((E, d, f)), jnp.ones((E, f, d)), None, jnp.ones((E, f)), normal(3, (E, d)))
+
+    def run(x, weight, params):
+        return call(x, weight, params, expert, valid, "relu", implementation)
+
+    y, pull = jax.vjp(run, x, weight, params)
+    dx, dweight, dparams = pull(jnp.ones_like(y))
+    share = np.where(valid, weight, 0)[:, :, None] * (np.arange(E) == expert[:, :, None])  # of each expert
+    np.testing.assert_allclose(y, share.sum(1) @ params.down_bias, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(dx, np.zeros_like(x))
+    np.testing.assert_allclose(dweight, np.where(valid, params.down_bias.sum(1)[expert], 0), rtol=1e-5, atol=1e-5)
+    bias = np.broadcast_to(share.sum((0, 1))[:, None], (E, d))
+    np.testing.assert_allclose(dparams.down_bias, bias, rtol=1e-5, atol=1e-5)
+    assert not np.any(dparams.up_bias) and dparams.up.shape == (E, d, f) and dparams.down.shape == (E, f, d)
+
+
 # --- what is kept for the backward pass -----------------------------------------------------------
 
 

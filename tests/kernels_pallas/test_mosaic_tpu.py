@@ -18,6 +18,7 @@ from tests.kernels_pallas.backends import (
     TOLERANCE,
     check_ffn,
     check_matmul,
+    check_without_columns,
     jitted_ffn,
     jitted_matmul,
     normal,
@@ -83,6 +84,9 @@ class TestValues:
     def test_ffn(self):
         sizes, extents = np.array([12, 5, 0, 17], np.int32), np.array([ALL, 64, 192, 0], np.int32)
         check_ffn(NAME, WIDE, sizes, "gelu", bias=True, extents=extents, row_weights="float32")
+
+    def test_arrays_without_columns(self):
+        check_without_columns(NAME)
 
     def test_vmap_over_weights_and_group_sizes(self):
         sizes = np.stack([specs.dirichlet(4, 30), specs.one_hot(4, 21, 2)])

@@ -3,6 +3,12 @@
 import dataclasses
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +22,7 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.trial import Problem, Settings
 from kernels_pallas.rivals.case import WrongResult
 from kernels_pallas.rivals.timing import Timings
 
+ROOT = Path(__file__).resolve().parents[2]
 PROBLEM = Problem("forward", 65536, 64, 2048, 1024)
 DEFAULT = PROBLEM.default()
 FORWARD = [{"block_m": m, "block_n": n, "split": s} for m, n, s in ((128, 256, "n"), (128, 128, "n"), (64, 256, "n"))]
@@ -356,6 +363,45 @@ def test_a_whole_sweep_in_the_interpreter_refuses_a_planted_wrong_kernel(folder,
     labels = {tune.label(dataclasses.replace(problem.default(), band=band)) for band in (8, 4)}
     assert set(found["timed"]) == labels and found["tried"] == 2 and found["complete"]
     assert chosen_on("interpreter", problem) == rows.Config(**found["config"])
+
+
+@pytest.fixture
+def command(folder):
+    """Starts the script in the interpreter as a user does, without emulated devices."""
+    started = []
+
+    def start(*arguments, **settings):
+        settings |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "MOEJAX_COMMIT": "one"}
+        options = ["--interpret", "--shape", "blocks", "--operation", "forward", "--output", str(folder / "t.json")]
+        script = [sys.executable, "-u", str(ROOT / "scripts/tune_kernels.py"), *options, *arguments]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(script, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_the_interpreter_has_the_threads_that_it_waits_on(command):
+    on_one_core = command("--limit", "1", NPROC="1")  # so many threads has XLA's pool, unless there are more devices
+    said, problems = on_one_core.communicate(timeout=120)
+    assert not problems and said.count(" of the default's speed") == 2
+
+
+def test_ctrl_c_ends_the_command_and_leaves_nothing_to_pass_over(command, folder):
+    process = command("--limit", "3")
+    while "2 block" not in (line := process.stdout.readline()):
+        assert line
+    while "trying" not in stored(folder / "t.json"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, problems = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert problems == f"interrupted: {folder / 't.json'} keeps what is done; call again to go on\n"
+    assert stored(folder / "t.json")["tried"] == 2
+    assert not {"trying", "deadly"} & stored(folder / "t.json").keys()
 
 
 def test_the_rule_defers_stores_where_tiles_are_short():

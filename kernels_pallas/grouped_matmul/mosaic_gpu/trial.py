@@ -21,11 +21,13 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.grouped_matmul import specs
 from kernels_pallas.grouped_matmul.ffn import Hidden, Weights, activate
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, tuning
+from kernels_pallas.grouped_matmul.mosaic_gpu.block import CONSUMERS
 from kernels_pallas.rivals import timing
 from kernels_pallas.rivals.case import BETWEEN_USES, TOLERANCE, WrongResult
 
 DTYPE = jnp.bfloat16
 ALPHA = 5.0  # of the Dirichlet distribution of the groups
+THREADS = 2 * (CONSUMERS + 1) + 2  # the warpgroups of a cluster, the program that they are part of, and one to spare
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -104,6 +106,22 @@ def interpreted(cores: int = 2) -> Generator[None]:
     """Kernels run in Pallas' interpreter, on a CPU."""
     with compiled_for("interpreter", cores), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
+
+
+def make_threads() -> None:
+    """Lets the interpreter run on a machine of few cores. To be called before JAX is first used.
+
+    Each warpgroup is a program of its own, and waits for others within callbacks, on threads of XLA's pool. These are
+    as many as cores, or as devices if there are more: where all of them wait, what they wait for never runs.
+
+    Raises:
+        RuntimeError: JAX is in use, with fewer CPU devices.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", THREADS)
+    except RuntimeError:
+        if jax.local_device_count(backend="cpu") < THREADS:
+            raise
 
 
 def lower(problem: Problem, config: tuning.Config, device_kind: str = "H100", cores: int = 132) -> str:

@@ -13,7 +13,8 @@ seconds are the default's times the median ratio. At last the fastest meets the 
 taken if it gains more than the uncertainty of that ratio.
 
 The file is written after every candidate. A call goes on where the last one on the same commit, JAX and device ended;
-a candidate during which the process died is passed over. `--again` times everything anew.
+a candidate during which the process died is passed over, one that Ctrl-C stopped is not. `--again` times everything
+anew.
 """
 
 import argparse
@@ -24,10 +25,11 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -35,13 +37,23 @@ from kernels_pallas.grouped_matmul import specs
 from kernels_pallas.grouped_matmul.bench import DECODE_ROWS
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, candidates, tuning
 from kernels_pallas.grouped_matmul.mosaic_gpu.candidates import first_round, label, most_candidates, second_round
-from kernels_pallas.grouped_matmul.mosaic_gpu.trial import DTYPE, Bench, Problem, Settings, compared, interpreted, lower
+from kernels_pallas.grouped_matmul.mosaic_gpu.trial import (
+    DTYPE,
+    Bench,
+    Problem,
+    Settings,
+    compared,
+    interpreted,
+    lower,
+    make_threads,
+)
 from kernels_pallas.rivals import command
 from kernels_pallas.rivals.case import WrongResult
 from kernels_pallas.rivals.rows import commit
 
 FINAL_ROUNDS = 3  # as many timings decide as a candidate has, times this
 HANGS = 120  # seconds after which a candidate that was started counts as hanging
+INTERRUPTED = 130  # what shells report of a process that Ctrl-C ended
 
 
 def write(path: pathlib.Path, table: dict[str, Any]) -> None:
@@ -85,6 +97,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.until = time.monotonic() + 60 * self.minutes
+        self.search: Search | None = None
         self.commit, self.versions = commit(), {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")}
         self.table = tuning.read(self.path) if self.path.exists() else {"choices": []}
         if self.table.get("device", self.device) != self.device:
@@ -117,13 +130,30 @@ class Sweep:
                 if self.over:
                     self.say(f"stopped before {problem}: --minutes={self.minutes:g} are over; call again to go on")
                     break
-                Search(self, problem).run()
+                self.search = Search(self, problem)
+                self.search.run()
         except KeyboardInterrupt:
-            self.say(f"interrupted: {self.path} keeps what is done; call again to go on")
-            return 130
+            self.say(self.kept)
+            return INTERRUPTED
         for line in self.wrong:
             self.say(line)
         return 1 if self.wrong else 0
+
+    @property
+    def kept(self) -> str:
+        """What Ctrl-C leaves."""
+        return f"interrupted: {self.path} keeps what is done; call again to go on"
+
+    def end(self, *_: object) -> NoReturn:
+        """Handles Ctrl-C by ending the process.
+
+        Nothing is raised: kernels that are interpreted run in callbacks, where XLA makes an error of its own of an
+        exception, and neither they nor a compilation in another thread can be stopped.
+        """
+        if self.search is not None and self.search.trying:
+            self.search.note({})
+        os.write(2, f"{self.kept}\n".encode())  # a print may be under way
+        os._exit(INTERRUPTED)
 
 
 class Search:
@@ -146,6 +176,7 @@ class Search:
         self.failed: set[tuning.Config] = set()
         self.bench: Any = None
         self.fresh = 0
+        self.trying = False
 
     def run(self) -> None:
         """Both rounds, then the decision."""
@@ -175,7 +206,9 @@ class Search:
                 if self.sweep.over:
                     return
                 self.fresh += 1
+                self.trying = True
                 self.attempt(config, program)
+                self.trying = False
 
     def compile(self, configs: list[tuning.Config]) -> list[Any]:
         self.bench = self.bench or self.sweep.make(self.problem, self.sweep.settings)
@@ -330,6 +363,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {reason}; --dry_run prints the plan, --interpret runs it on a CPU", file=sys.stderr)
         return 2
     settings = Settings(args.repeats, args.target_ms, args.interpret)
+    if args.interpret:
+        make_threads()
     with interpreted() if args.interpret else contextlib.nullcontext():
         device = tuning.device_kind()
         path = args.output or tuning.path_of(device)
@@ -339,7 +374,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         sweep.say(f"{device}, commit {sweep.commit or '?'}, {len(args.problems)} problems, into {path}")
-        return sweep.run(args.problems)
+        before = signal.getsignal(signal.SIGINT)
+        if before is signal.default_int_handler:  # else it is ignored, as in a shell's background
+            signal.signal(signal.SIGINT, sweep.end)
+        try:
+            return sweep.run(args.problems)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def hopper_is_missing() -> str | None:
