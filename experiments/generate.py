@@ -13,14 +13,18 @@ At ``--temperature=0`` (the default) every token is the most likely one. The tex
 ``--chat`` puts the prompt into the model's own chat template. Tokens per second are printed at the end.
 """
 
+import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
 from experiments import limit_flags, replicate_flags, session
 from moejax import decode
@@ -29,7 +33,7 @@ from moejax.data import Tokenizer, load_corpus, load_tokenizer
 from moejax.data.pretrained import PretrainedTokenizer
 from moejax.dispatch import token_shards
 from moejax.model import Decoder
-from moejax.pretrained import open_model
+from moejax.pretrained import context_length, open_model
 from moejax.types import Limit
 
 
@@ -74,6 +78,19 @@ CONTEXT = 8
 """Tokens of the prompt that the first piece is decoded with."""
 
 
+def start_of(tokenizer: Tokenizer, prompt: str, chat: bool) -> Int[np.ndarray, "n"]:
+    """Ids that the model continues; arguments and errors as for :func:`stream`."""
+    if chat:
+        if not isinstance(tokenizer, PretrainedTokenizer):
+            raise ConfigError("--chat needs a Hugging Face folder with a chat template: our own models have none")
+        start = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    else:
+        start = np.concatenate([tokenizer.start_ids, tokenizer.encode(prompt)]).astype(np.int32)
+    if not len(start):
+        raise ConfigError("--prompt='': this model's tokenizer begins with no token of its own; give some text")
+    return start
+
+
 def stream(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -104,16 +121,10 @@ def stream(
     sampler = decode.sampled(temperature, top_k) if temperature else decode.greedy
 
     def known(logits: jax.Array, key: jax.Array) -> jax.Array:
-        return sampler(logits[:, : tokenizer.vocab_size], key)
+        drawn = sampler(logits[:1, : tokenizer.vocab_size], key)
+        return jnp.broadcast_to(drawn, logits.shape[:1])  # the rows of other devices are this text, and end with it
 
-    if chat:
-        if not isinstance(tokenizer, PretrainedTokenizer):
-            raise ConfigError("--chat needs a Hugging Face folder with a chat template: our own models have none")
-        start = tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    else:
-        start = np.concatenate([tokenizer.start_ids, tokenizer.encode(prompt)]).astype(np.int32)
-    if not len(start):
-        raise ConfigError("--prompt='': this model's tokenizer begins with no token of its own; give some text")
+    start = start_of(tokenizer, prompt, chat)
     made = [] if made is None else made
     ids = start.tolist()
     # A piece is decoded with what stands before it: some vocabularies mark a space by the next token.
@@ -149,7 +160,7 @@ def define_flags(values: flags.FlagValues, argv: list[str] | None = None) -> Non
     flags.DEFINE_integer("max_new_tokens", 200, "Tokens to add at most.", lower_bound=1, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0: the most likely token.", lower_bound=0.0, flag_values=values)
     flags.DEFINE_integer("top_k", 0, "Draw among the most likely k tokens; 0: all.", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of the draws.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the draws.", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat template.", flag_values=values)
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16"], "Type of the computation. Default: the config's.", flag_values=values
@@ -164,6 +175,12 @@ def command(values: flags.FlagValues) -> int:
         raise ConfigError("--checkpoint is missing: give the workdir of a run, e.g. --checkpoint=runs/quickstart")
     if values.prompt is None:
         raise ConfigError("--prompt is missing: give the text to continue, or --prompt='' to start from nothing")
+    if math.isnan(values.temperature):
+        raise ConfigError("--temperature=nan: must be a number, 0 or more")
+    try:
+        values.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--prompt holds bytes that are no UTF-8 text, at character {error.start}") from error
     if values.top_k and not values.temperature:
         raise ConfigError(
             f"--top_k={values.top_k} draws at random, --temperature=0 does not: set a temperature above 0"
@@ -202,6 +219,13 @@ def command(values: flags.FlagValues) -> int:
         seconds = time.monotonic() - begin
         rate = f"{(len(made) - untimed) / seconds:.1f} tokens/s after the first {untimed}"
     session.say(f"{len(made)} tokens, {rate}")
+    with contextlib.suppress(ConfigError):  # a folder that does not say how long
+        length, whole = context_length(values.checkpoint), len(start_of(tokenizer, values.prompt, values.chat))
+        if (whole := whole + len(made)) > length:
+            session.say(
+                f"note: prompt and continuation are {whole:,} tokens, and the model was made for {length:,}: what lies "
+                "beyond may be much worse"
+            )
     return 0
 
 

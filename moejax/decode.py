@@ -17,6 +17,9 @@ FUSED_LENGTH = 64
 AT_A_TIME = 8
 """Tokens that one program makes, unless told otherwise: the host waits for the device once for all of them."""
 
+BROKEN = -1
+"""Stands for a token where the logits hold NaN: they name none, whatever a sampler would draw from them."""
+
 Sampler = Callable[[Float[Array, "B V"], PRNGKeyArray], Int[Array, "B"]]
 
 
@@ -97,12 +100,16 @@ def extend(
         token, ended, cache = carry
         # Without limits no row depends on another one: then all of them may go on.
         out = model(token[:, None], mask=~ended[:, None] if limits else alone, cache=cache, limits=limits)
-        new = sampler(out.logits[:, 0], jax.random.fold_in(key, i)).astype(token.dtype)
+        new = _drawn(sampler, out.logits[:, 0], jax.random.fold_in(key, i)).astype(token.dtype)
         new = jnp.where(ended, token, new)
         return (new, ended | jnp.isin(new, stops), out.cache), new
 
     (_, _, cache), made = jax.lax.scan(body, (token, ended, cache), begin + jnp.arange(steps))
     return made, cache
+
+
+def _drawn(sampler: Sampler, logits: Float[Array, "B V"], key: PRNGKeyArray) -> Int[Array, "B"]:
+    return jnp.where(jnp.isnan(logits).any(axis=-1), BROKEN, sampler(logits, key))
 
 
 def generate(
@@ -137,6 +144,7 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, or ``at_a_time`` below 1.
+      FloatingPointError: the model gave NaN.
     """
     if at_a_time < 1:
         raise ValueError(f"at_a_time={at_a_time}: one program makes 1 token or more")
@@ -155,10 +163,15 @@ def generate(
     logits, cache = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), places, limits)
     stops = np.atleast_1d(np.asarray(() if stop_id is None else stop_id, np.int32))
     ended = np.zeros(len(prompts), bool) if ended is None else ended
-    made = sampler(logits, jax.random.fold_in(key, 0))[None]
+    made = _drawn(sampler, logits, jax.random.fold_in(key, 0))[None]
     count = 0
     while True:
         for new in np.asarray(made):
+            if BROKEN in new:
+                raise FloatingPointError(
+                    f"token {count + 1} of row {new.tolist().index(BROKEN)}: the model gave NaN for its logits; its "
+                    "parameters or inputs are broken"
+                )
             yield new
             count += 1
             ended |= np.isin(new, stops)

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -66,6 +66,27 @@ class Interrupt:
                         f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; "
                         "a second one ends at once"
                     )
+
+
+@contextlib.contextmanager
+def noted() -> Generator[list[int]]:
+    """The Ctrl-C that came meanwhile: for calls into code that turns a KeyboardInterrupt into another error, or into
+    none. It is raised as ever; where Ctrl-C has a handler of its own, or in another thread, nothing is noted."""
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_at_once() -> None:

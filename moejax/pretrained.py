@@ -304,11 +304,18 @@ def _evaluated(path: Path) -> ExperimentConfig | None:
 
 
 def _origin_of(workdir: Path) -> dict[str, Any] | None:
-    """What a workdir's ``env.json`` says that its run began from."""
+    """What a workdir's ``env.json`` says that its run began from.
+
+    Raises:
+      ConfigError: it is damaged, so that nothing says which weights those were.
+    """
+    file = workdir / "env.json"
     try:
-        return json.loads((workdir / "env.json").read_bytes()).get("init_from")
-    except (OSError, ValueError, AttributeError):  # interrupted before it was written: config.json says it too
+        return json.loads(file.read_bytes()).get("init_from")
+    except OSError:  # interrupted before it was written: config.json says it too
         return None
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} is no JSON object ({error}): restore it, or give the checkpoint's folder") from error
 
 
 def _config_of(folder: Path, compute_dtype: Dtype | None = None, mtp_layers: int = 0) -> ExperimentConfig:

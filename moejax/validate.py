@@ -20,7 +20,7 @@ AT_LEAST = {
     "table.batch_size": 1, "table.max_tokens": 0, "table.margin": 0, "mesh.expert": 1, "mesh.model": 1,
 }  # fmt: skip
 MODEL_AT_LEAST = {
-    "vocab_size": 0, "num_layers": 1, "dim": 1, "ffn_dim": 1, "logit_softcap": 0, "init_scale": 0,
+    "vocab_size": 0, "num_layers": 1, "dim": 1, "ffn_dim": 1, "logit_softcap": 0, "init_scale": 0, "norm_eps": 0,
     "attention.num_heads": 1, "attention.num_kv_heads": 1, "attention.head_dim": 1,
     "moe.first_dense": 0, "moe.every": 1, "moe.shared_experts": 0, "moe.capacity_factor": 0, "moe.router.jitter": 0,
     "moe.router.bias_update_rate": 0, "moe.shared_dim": 0, "moe.zero_experts": 0, "mtp_layers": 0,

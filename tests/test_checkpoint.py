@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, on any mesh; what is damaged is named."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -7,8 +8,10 @@ import logging
 import random
 import resource
 import shutil
+import signal
 import threading
 import time
+import types
 import zlib
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
@@ -24,7 +27,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from moejax import checkpoint
-from moejax.checkpoint import Checkpoints, checksums, load_model, locate, store
+from moejax.checkpoint import Checkpoints, checksums, load_model, locate, reading, store
 from moejax.config import ConfigError, MeshConfig, RouterConfig, to_dict
 from moejax.model import Decoder
 from moejax.sharding import make_mesh
@@ -306,6 +309,38 @@ def test_the_array_and_an_undamaged_checkpoint_are_named(made: Trainer, copy: Pa
     largest(folder.with_name("1") / "arrays").unlink()
     with pytest.raises(ConfigError, match=r"No other checkpoint beside it is undamaged: copy it again, or delete"):
         checkpoint.read_all(folder)
+
+
+def swallowed(*args: Any) -> Any:
+    """Ctrl-C as Orbax takes it in its metadata: for a file that is not there."""
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    return types.SimpleNamespace(metadata=None)
+
+
+def turned(*args: Any) -> Any:
+    """And in its arrays: as an error of its own."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ValueError("Failed to load checkpointable: arrays") from error
+
+
+@pytest.mark.parametrize(("name", "orbax"), [("metadata", swallowed), ("load_checkpointables", turned)])
+def test_ctrl_c_while_a_checkpoint_is_read_is_no_damage(copy: Path, monkeypatch: pytest.MonkeyPatch, name, orbax):
+    monkeypatch.setattr(ocp, name, orbax)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.read_all(copy / "checkpoints" / "4")
+        with pytest.raises(KeyboardInterrupt), reading._reading(copy):
+            swallowed()  # and all went on
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has another handler: an error is an error
+        with pytest.raises(ConfigError, match=r"checkpoint .*/copy/checkpoints/4 .*damaged.*delete this folder"):
+            checkpoint.read_all(copy / "checkpoints" / "4")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def rewrite(folder: Path, change: Callable[[dict], Any], stamp: bool = True) -> None:

@@ -143,6 +143,19 @@ def test_the_default_config_is_valid():
         ("data.seq_len", 1, "data.seq_len=1: must be 2 or more"),
         ("mesh.expert", 3, r"moe.num_experts=8 not divisible by mesh axis 'expert'=3: choose one of \[1, 2, 4, 8\]"),
         ("mesh.data", 0, "mesh.data=0: must be 1 or more, or -1"),
+        ("model.norm_eps", float("nan"), "model.norm_eps=nan: must be 0 or more"),
+        *(
+            (f"model.attention.{name}", float("inf"), f"attention.{name}=inf: must be a finite number, 0 or more")
+            for name in ("softmax_scale", "clip_qkv", "score_softcap", "temperature")
+        ),
+        *(
+            (
+                "model.attention.rope",
+                {"scaling": "yarn", "factor": 2.0, "original_length": 8, name: float("inf")},
+                f"attention.rope.{name}=inf with scaling='yarn': must be a finite number",
+            )
+            for name in ("beta_fast", "attention_factor")
+        ),
         ("model.attention.num_kv_heads", 3, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ("model.attention.head_dim", 31, "attention.head_dim=31 is odd"),
         ("model.moe.num_experts", 0, "moe.num_experts=0: must be 1 or more"),

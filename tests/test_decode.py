@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moejax import decode
 from moejax.decode import generate, greedy, sampled
@@ -196,6 +197,24 @@ def test_prompts_are_padded_for_fused_attention_and_the_cache_is_not(monkeypatch
         calls.append((tokens.shape, places)) or (logits, None)))  # fmt: skip
     next(generate(model(), PROMPTS, NEW))
     assert calls == [((3, decode.FUSED_LENGTH), 6 + NEW)]
+
+
+@pytest.mark.parametrize("place", [-1, 0, 2])
+def test_logits_that_are_nan_name_no_token(place: int):
+    """The embedding of one token is broken: of one in the prompt, or of one that is made."""
+    rows = [[*prompt, *new] for prompt, new in zip(PROMPTS, by_full_forwards(), strict=True)]
+    token = rows[1][len(PROMPTS[1]) + place]
+    read = [
+        row.index(token) + 1 - len(prompt) if token in row else NEW for row, prompt in zip(rows, PROMPTS, strict=True)
+    ]
+    first = max(min(read), 0)  # tokens that are made before any row has read it
+    broken = nnx.clone(model())
+    broken.embed[...] = broken.embed[...].at[token].set(jnp.nan)
+    made = generate(broken, PROMPTS, NEW)
+    for i in range(first):
+        np.testing.assert_array_equal(next(made), [row[len(p) + i] for row, p in zip(rows, PROMPTS, strict=True)])
+    with pytest.raises(FloatingPointError, match=rf"token {first + 1} of row \d: the model gave NaN for its logits"):
+        next(made)
 
 
 def test_calls_that_cannot_work_are_refused():

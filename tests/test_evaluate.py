@@ -55,6 +55,16 @@ def test_what_padding_and_end_of_text_score_is_never_read():
     assert bits_per_byte(noisy, [batch], BYTE) == bits_per_byte(bigram, [batch], BYTE)
 
 
+def test_text_that_a_broken_model_scores_is_an_error():
+    def broken(batch):
+        logprob, greedy = bigram(batch)
+        return np.where(batch["targets"] == 99, np.nan, logprob), greedy
+
+    batches = [text_batch([EOT, 97, 98]), text_batch([EOT, 99, 98])]
+    with pytest.raises(FloatingPointError, match="batch 1: the model gave NaN for 1 of 2 tokens"):
+        bits_per_byte(broken, batches, BYTE)
+
+
 def test_text_sums_do_not_depend_on_batching():
     rng = np.random.default_rng(2)
     rows = [[EOT, *rng.integers(0, 256, 11).tolist()] for _ in range(12)]

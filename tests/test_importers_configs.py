@@ -260,6 +260,8 @@ def test_rope_scalings(scaling: dict[str, Any], expected: RopeConfig) -> None:
         ({"rope_type": "dynamic", "factor": 2.0}, "linear, yarn, llama3"),
         ({"rope_type": "linear"}, "has no factor"),
         ({"rope_type": "linear", "factor": "two"}, "factor='two'"),
+        ({**YARN, "factor": float("inf")}, "factor=inf: expected a number"),
+        ({**YARN, "original_max_position_embeddings": float("nan")}, "original_max_position_embeddings=nan"),
         ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, "type='yarn'"),
         ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, "mscale"),
         ({**YARN, "mscale": 0.7}, "mscale=0.7"),

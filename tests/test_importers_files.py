@@ -84,6 +84,11 @@ def only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
 
 
+def edit_config(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
 def add_stale_single(folder: Path) -> None:
     (folder / files.SINGLE).write_bytes(encode({"a": np.zeros(2, np.float32)}))
 
@@ -110,6 +115,9 @@ def write_twice(folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("[1]"), ("config.json", "no JSON object")),
         (lambda f: (f / "config.json").write_text("{'a'}"), ("config.json", "cannot be read as JSON")),
         (lambda f: (f / "config.json").unlink(), ("config.json", "cannot be read")),
+        (lambda f: edit_config(f, rms_norm_eps=float("nan")), ("config.json", "NaN is no number in JSON")),
+        (lambda f: edit_config(f, rms_norm_eps=float("-inf")), ("config.json", "-Infinity is no number in JSON")),
+        (lambda f: edit_config(f, rms_norm_eps=-1e-5), ("config.json", "model.norm_eps=-1e-05: must be 0 or more")),
     ],
 )
 def test_incomplete_folders(damage: Callable[[Path], Any], words: tuple[str, ...], tmp_path: Path) -> None:

@@ -145,6 +145,13 @@ def test_loglikelihoods_are_those_of_single_forward_passes(harness: Harness, mod
     assert len({round(value, 3) for value, _ in made}) == len(PAIRS)
 
 
+def test_nan_is_no_likelihood(harness: Harness):
+    broken = dataclasses.replace(harness, score=lambda batch: (np.full(batch["tokens"].shape, np.nan),) * 2)
+    for ask in (lambda: broken.loglikelihood([("ab", "c")]), lambda: broken.loglikelihood_rolling([("ab",)])):
+        with pytest.raises(FloatingPointError, match="request 0: the model gave NaN"):
+            ask()
+
+
 def test_greedy_means_every_token_is_the_likeliest(harness: Harness, model: Decoder):
     before = ids("abc")
     likeliest = by_steps(model, before, 6)

@@ -16,6 +16,7 @@ from moejax.checkpoint import Checkpoints, load_model
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, from_mapping, to_dict
 from moejax.data import load_corpus, load_tokenizer
 from moejax.model import Decoder
+from moejax.pretrained import open_model
 from moejax.sharding import make_mesh
 from moejax.train import Trainer
 from tests.small import quick_compilation, small_config, small_model, start, write_texts
@@ -252,6 +253,35 @@ def test_draws_follow_the_seed(workdir: Path, capsys: pytest.CaptureFixture[str]
     assert say("--temperature=2", "--top_k=1") == say()
 
 
+def test_a_text_on_several_devices_is_that_of_one(workdir: Path, model: Decoder):
+    """Every device has a row: what the others would draw neither changes a text nor keeps it from ending."""
+    tokenizer = load_tokenizer("byte")
+    tokenizer.stop_ids = tuple(range(0, 257, 9))
+
+    def made(model: Decoder, seed: int) -> list[int]:
+        ids: list[int] = []
+        list(generate.stream(model, tokenizer, "a", 40, temperature=2.0, seed=seed, made=ids))
+        return ids
+
+    alone = [made(model, seed) for seed in range(4)]
+    assert all(ids[-1] in tokenizer.stop_ids and len(ids) < 40 for ids in alone)
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        spread = open_model(workdir, mesh=mesh)[0]
+        assert [made(spread, seed) for seed in range(4)] == alone
+
+
+def test_a_text_beyond_what_the_model_was_made_for_is_pointed_out(
+    workdir: Path, config: ExperimentConfig, capsys: pytest.CaptureFixture[str]
+):
+    room = config.data.seq_len - 2  # the token that begins a text, and the prompt
+    for tokens, told in ((room, False), (room + 1, True)):
+        assert run_generate(f"--checkpoint={workdir}", "--prompt=a", f"--max_new_tokens={tokens}") == 0
+        said = capsys.readouterr().err
+        assert f"{tokens} tokens, " in said
+        assert (f"are {tokens + 2} tokens, and the model was made for {room + 2}" in said) == told
+
+
 def test_the_speed_is_that_of_tokens_made_after_the_clock_began(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -278,6 +308,9 @@ def test_generate_names_what_is_wrong(workdir: Path, tmp_path: Path, capsys: pyt
         "no finished checkpoint there": [f"--checkpoint={tmp_path}", "--prompt=a"],
         "top_k=5 draws at random": [f"--checkpoint={workdir}", "--prompt=a", "--top_k=5"],
         "temperature=-1": [f"--checkpoint={workdir}", "--prompt=a", "--temperature=-1"],
+        "temperature=nan": [f"--checkpoint={workdir}", "--prompt=a", "--temperature=nan"],
+        "seed=-1": [f"--checkpoint={workdir}", "--prompt=a", "--temperature=1", "--seed=-1"],
+        "no UTF-8 text, at character 1": [f"--checkpoint={workdir}", "--prompt=a\udcff"],
     }
     for message, arguments in bad.items():
         assert run_generate(*arguments) == 2

@@ -19,6 +19,7 @@ from moejax.config import (
     MoEConfig,
     RouterConfig,
     TrainConfig,
+    to_dict,
 )
 from moejax.model import build, moe_layer_ids
 from tests.small import execute
@@ -140,6 +141,18 @@ def test_other_weights_in_the_folder_are_noticed(folder: Path, tmp_path: Path):
     shutil.rmtree(copy)
     with pytest.raises(ConfigError, match="is gone"):
         pretrained.still(known)
+
+
+def test_a_workdir_whose_facts_are_damaged_does_not_pass_for_one_without(folder: Path, tmp_path: Path):
+    """env.json has the hash of the weights: read past, others in their place would go unseen."""
+    run = dataclasses.replace(pretrained.stored_config(folder), model_from="config")
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=0))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(run)))
+    assert pretrained.stored_config(tmp_path).init_from == str(folder)  # interrupted before it was written
+    for damaged in ("{", "[]", '"a'):
+        (tmp_path / "env.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"env\.json is no JSON object .*: restore it, or give"):
+            pretrained.stored_config(tmp_path)
 
 
 def test_a_model_that_is_not_the_folders_is_told_field_by_field(folder: Path):

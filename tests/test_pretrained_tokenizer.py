@@ -141,6 +141,20 @@ def test_an_end_token_that_text_may_hold(tmp_path: Path):
         PretrainedTokenizer(write(tmp_path, byte_level(), config={"eos_token_id": 40}))
 
 
+@pytest.mark.parametrize("found", [5000, [0, 5000], -1, "<|endoftext|>", [0.0], True])
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+def test_an_end_token_that_no_token_is(tmp_path: Path, name: str, found: Any):
+    """Its embedding would be that of another: jax.numpy takes the last row for an index beyond all."""
+    write(tmp_path, byte_level(), **{name: {"eos_token_id": found}})
+    with pytest.raises(ConfigError, match=rf"/{name}\.json: eos_token_id=.*tokenizer\.json has no token"):
+        PretrainedTokenizer(tmp_path)
+
+
+def test_a_file_that_names_no_end_token_leaves_it_to_the_next(tmp_path: Path):
+    write(tmp_path, byte_level(), generation_config={"eos_token_id": []}, config={"eos_token_id": 0})
+    assert PretrainedTokenizer(tmp_path).stop_ids == (0,)
+
+
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [

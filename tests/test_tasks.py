@@ -120,6 +120,9 @@ def test_limit_keeps_the_first_rows(tmp_path):
         ([{"kind": "multiple_choice", "group": "g"}, CHOICE], r"x\.jsonl:2: field 'g' is missing"),
         ([{"kind": "multiple_choice"}], r"x\.jsonl: a header and no rows"),
         ([CHOICE, "{broken"], r"x\.jsonl:2: not JSON"),
+        ([CHOICE, "[" * 100_000], r"x\.jsonl:2: not JSON"),
+        ([CHOICE, f'{{"gold": {"1" * 5000}}}'], r"x\.jsonl:2: not JSON"),
+        ([{**CHOICE, "choices": ["a", "\ud800"]}], r"x\.jsonl:1: choices\[1\] has half a surrogate pair"),
         ([[1]], r"x\.jsonl:1: a list; each line is one JSON object"),
         ([], r"x\.jsonl: no rows"),
     ],
@@ -137,8 +140,24 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "plain.jsonl.xz").write_text("{}")
     with pytest.raises(ConfigError, match=r"plain\.jsonl\.xz: not UTF-8 text in the form"):
         load_task(tmp_path / "plain.jsonl.xz")
+    packed = bytearray(gzip.compress("".join(f'{{"number": {i}}}\n' for i in range(1000)).encode()))
+    packed[20] ^= 0xFF  # where the codes of the compressed text are told
+    (tmp_path / "damaged.jsonl.gz").write_bytes(packed)
+    with pytest.raises(ConfigError, match=r"damaged\.jsonl\.gz: not UTF-8 text in the form"):
+        load_task(tmp_path / "damaged.jsonl.gz")
     with pytest.raises(ConfigError, match="limit=-1"):
         load_task(tmp_path / "none.jsonl", limit=-1)
+
+
+def test_a_file_that_the_disk_does_not_give(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jsonl", [CHOICE])
+
+    def fail(*args, **more):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(ConfigError, match=r"x\.jsonl: cannot be read \(Permission denied\)"):
+        load_task(path)
 
 
 def prose(seed, words=600):

@@ -344,6 +344,26 @@ def test_a_bound_on_the_loss_is_checked_once_on_held_out_text(
     assert len(scored) == 6
 
 
+def test_where_nothing_is_dropped_nothing_is_lost(
+    runs: Path, capsys: pytest.CaptureFixture[str], scored: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Halves of experts that are summed round otherwise than whole ones: a bound of 0 would be beyond reach."""
+    found = calibration.Calibration.score
+
+    def rounded(self: Any, in_force: tuple, *rest: Any) -> Any:
+        made = found(self, in_force, *rest)
+        more = {d: dataclasses.replace(s, bits_per_byte=s.bits_per_byte + 1e-7) for d, s in made.by_domain.items()}
+        return dataclasses.replace(made, by_domain=more) if in_force else made
+
+    monkeypatch.setattr(calibration.Calibration, "score", rounded)
+    monkeypatch.setattr(command.thresholds, "largest_rate", lambda *args, **more: 0.0)
+    out = runs / "nothing"
+    assert call(f"--checkpoint={runs / 'run'}", "--quality=0", "--tokens=512", f"--output={out}") == 0
+    said, held = capsys.readouterr().err, json.loads((out / "thresholds.json").read_text())["held_out"]
+    assert "nothing is dropped" in said and "loss is above" not in said
+    assert held["within"] and held["loss"] == 0 and set(scored) == {"valid", "test"}
+
+
 def test_one_threshold_is_told_and_warned_of(runs: Path, capsys: pytest.CaptureFixture[str]):
     arguments = (f"--checkpoint={runs / 'run'}", "--tokens=256", "--nocheck")
     assert call(*arguments, "--threshold=0.6", "--gap=0.02") == 0

@@ -1,6 +1,7 @@
 """Which settings of attention go together."""
 
 import dataclasses
+import math
 from typing import Any
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, RopeConfig
@@ -27,6 +28,8 @@ def check(config: ModelConfig) -> None:
     for name in ("window", "softmax_scale", "query_rank", "clip_qkv", "score_softcap", "temperature"):
         if not getattr(a, name) >= 0:
             raise ConfigError(f"attention.{name}={getattr(a, name)}: must be 0 or more")
+        if getattr(a, name) == math.inf:
+            raise ConfigError(f"attention.{name}=inf: must be a finite number, 0 or more")
     if not 0 < a.rope_theta < float("inf"):
         raise ConfigError(f"attention.rope_theta={a.rope_theta}: must be a finite number above 0")
     _check_window(a, config.num_layers)
@@ -161,6 +164,9 @@ def _check_scaling(a: AttentionConfig, rope: RopeConfig) -> None:
 
     if rope.scaling == "none":
         return
+    for name in SCALING[rope.scaling]:
+        value = getattr(rope, name)
+        must(name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
     if rope.scaling == "longrope":
         _check_longrope(a, rope, must)
         return

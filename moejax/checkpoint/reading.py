@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from moejax import interrupt
 from moejax.checkpoint import checksums
 from moejax.checkpoint.checksums import Damaged
 from moejax.checkpoint.tree import flatten
@@ -232,28 +233,37 @@ def locate(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Generator[None]:
-    """Orbax raises errors of many kinds, few of which name the checkpoint; all become one that does."""
+    """Orbax raises errors of many kinds, few of which name the checkpoint; all become one that does.
+
+    It also takes a KeyboardInterrupt for a file that cannot be read: Ctrl-C must not look like damage."""
     quieten()
     shown = sys.unraisablehook
     # after an error it closes the event loop that its reads still want to report to
     sys.unraisablehook = lambda found: None if "Event loop is closed" in str(found.exc_value) else shown(found)
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Damaged as error:
-        raise ConfigError(f"checkpoint {folder} is damaged: {error}. {_way_out(folder)}") from error
-    except Exception as error:
-        first: BaseException = error
-        while inner := first.__cause__ or first.__context__:
-            first = inner
-        why = (str(first).strip() or "no further word").splitlines()[0]
-        raise ConfigError(
-            f"checkpoint {folder} cannot be read: a file of it is damaged, cut short or missing "
-            f"({type(first).__name__}: {why[:200]}). {_way_out(folder)}"
-        ) from error
-    finally:
-        sys.unraisablehook = shown
+    with interrupt.noted() as came:
+        try:
+            yield
+        except Exception as error:
+            if came:
+                raise KeyboardInterrupt from error
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"checkpoint {folder} {_what(error)}. {_way_out(folder)}") from error
+        finally:
+            sys.unraisablehook = shown
+        if came:  # and it went on
+            raise KeyboardInterrupt
+
+
+def _what(error: Exception) -> str:
+    """What is wrong with a checkpoint that cannot be read."""
+    if isinstance(error, Damaged):
+        return f"is damaged: {error}"
+    first: BaseException = error
+    while inner := first.__cause__ or first.__context__:
+        first = inner
+    why = (str(first).strip() or "no further word").splitlines()[0]
+    return f"cannot be read: a file of it is damaged, cut short or missing ({type(first).__name__}: {why[:200]})"
 
 
 def quieten() -> None:

@@ -38,7 +38,7 @@ class PretrainedTokenizer(Tokenizer):
       chat_template: None where the folder has none.
 
     Raises:
-      ConfigError: files missing or damaged, another kind of tokenizer, no end-of-text token.
+      ConfigError: files missing or damaged, another kind of tokenizer, no end-of-text token, or one that is no token.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -64,7 +64,7 @@ class PretrainedTokenizer(Tokenizer):
         self._bytes = self._token_bytes(vocab, parts, path)
         self.byte_lengths = np.array([len(text) for text in self._bytes], np.int32)
         self.start_ids = self._start()
-        self.stop_ids = _stop_ids(settings, vocab)
+        self.stop_ids = _stop_ids(self.folder, settings, vocab)
         if not self.start_ids and not self.stop_ids:
             raise ConfigError(f"{self.folder} names no end-of-text token: add eos_token_id to generation_config.json")
         self.eot_id = self.start_ids[-1] if self.start_ids else self.stop_ids[0]
@@ -186,11 +186,23 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _stop_ids(settings: Mapping[str, Mapping[str, Any]], vocab: Mapping[str, int]) -> tuple[int, ...]:
+def _stop_ids(folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Mapping[str, int]) -> tuple[int, ...]:
+    """The end tokens of the first file that names some.
+
+    Raises:
+      ConfigError: an id that no token has: documents would begin with another one, or with none.
+    """
     for name in SETTINGS[:2]:
         found = settings[name].get("eos_token_id")
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        known = set(vocab.values())
+        if wrong := [i for i in ids if type(i) is not int or i not in known]:
+            raise ConfigError(
+                f"{folder / name}: eos_token_id={found!r}: tokenizer.json has no token {wrong[0]!r}; its ids are whole "
+                f"numbers in 0..{max(known)}: mend it, or fetch both files again"
+            )
+        if ids:
+            return tuple(ids)
     token = _name(settings["tokenizer_config.json"].get("eos_token"))
     return (vocab[token],) if token in vocab else ()
 

@@ -6,6 +6,7 @@ Model Evaluation Harness"). Written against the ``args`` tuples of its requests:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -208,7 +209,11 @@ class Harness:
     def score_pairs(
         self, pairs: Sequence[tuple[Tokens, Tokens]], tell: Callable[[int, tuple[float, bool]], None]
     ) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities, all most likely) of each pair's second part; ``tell`` gets them as they come."""
+        """(sum of log-probabilities, all most likely) of each pair's second part; ``tell`` gets them as they come.
+
+        Raises:
+          FloatingPointError: the model gave NaN for a scored token.
+        """
         requests = []
         for before, after in pairs:
             whole = before + after
@@ -222,6 +227,10 @@ class Harness:
             for index, row in placed:
                 span = slice(requests[index].start - 1, len(requests[index].tokens) - 1)
                 total = float(np.sum(logprob[row, span], dtype=np.float64))
+                if math.isnan(total):
+                    raise FloatingPointError(
+                        f"request {index}: the model gave NaN for a scored token; its parameters or inputs are broken"
+                    )
                 answers[index] = total, bool(np.all(greedy[row, span]))
                 tell(index, answers[index])
         return [answers[index] for index in range(len(pairs))]

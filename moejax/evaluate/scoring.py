@@ -57,6 +57,7 @@ def bits_per_byte(score: ScoreFn, batches: Iterable[Batch], tokenizer: Tokenizer
 
     Raises:
       ConfigError: the batches hold no byte of text.
+      FloatingPointError: the model gave NaN for a counted token.
     """
     per_batch: list[tuple[float, int]] = []
     tokens = 0
@@ -65,6 +66,11 @@ def bits_per_byte(score: ScoreFn, batches: Iterable[Batch], tokenizer: Tokenizer
         targets = np.asarray(batch["targets"])
         counted = np.asarray(batch["mask"], bool) & (targets != tokenizer.eot_id)
         nll = -float(np.sum(logprob[counted], dtype=np.float64))
+        if math.isnan(nll):
+            raise FloatingPointError(
+                f"held-out text, batch {len(per_batch)}: the model gave NaN for {np.isnan(logprob[counted]).sum()} of "
+                f"{counted.sum()} tokens; its parameters or inputs are broken"
+            )
         per_batch.append((nll, int(np.sum(tokenizer.byte_lengths[targets[counted]], dtype=np.int64))))
         tokens += int(np.count_nonzero(counted))
     total, size = math.fsum(nll for nll, _ in per_batch), sum(size for _, size in per_batch)

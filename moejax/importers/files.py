@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
       ConfigError: no such file, or something else in it.
     """
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        value = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON ({error}): copy it again") from error
     if not isinstance(value, dict):
@@ -90,6 +90,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands there twice")
     return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:

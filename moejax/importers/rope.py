@@ -1,6 +1,7 @@
 """Rotary positions in config.json: ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5)."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ def _scaling(
         value = left.pop(key, default)
         if value is _NONE:
             raise ConfigError(f"{keys.path}: {name} of kind {kind!r} has no {key}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"{keys.path}: {name}.{key}={value!r}: expected a number")
         return float(value)
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, get_args
@@ -86,13 +87,15 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 where = f"{path}:{number}"
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise ConfigError(f"{where}: not JSON ({error}); each line is one JSON object") from error
                 if not isinstance(row, dict):
                     raise ConfigError(f"{where}: a {type(row).__name__}; each line is one JSON object")
                 rows.append((where, row))
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(f"{path}: not UTF-8 text in the form that {suffix} promises ({error})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
     return rows
 
 
@@ -141,6 +144,10 @@ def _read_item(name: str, kind: Kind, where: str, row: dict[str, Any], group_fie
             raise ConfigError(f"{where}: {field}={value!r}: must be a string")
         if not value.strip() and not may_be_empty:
             raise ConfigError(f"{where}: {field} is empty; there is nothing to score")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # "\ud800" in JSON
+            raise ConfigError(f"{where}: {field} has half a surrogate pair; repair it") from error
         return value
 
     def texts(field: str, may_be_empty: bool = False) -> tuple[str, ...]:
