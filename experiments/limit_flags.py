@@ -1,5 +1,6 @@
 """``--limit``: the limits that a command puts in force on a checkpoint, as text (``docs/limits.md``)."""
 
+import numpy as np
 from absl import flags
 
 from experiments import session
@@ -50,6 +51,11 @@ def given(values: flags.FlagValues, model: ModelConfig, name: str = "limit") -> 
             raise ConfigError(
                 "--limit_decode: rounding=floor leaves the few tokens of a decoding step no pair at all (the mean load "
                 "of one token is k/E); add rounding=at_least_one or rounding=ceil to the limit"
+            )
+        if (factor := getattr(limit, "factor", None)) is not None and not np.any(factor):
+            session.say(
+                f"note: {type(limit).__name__} with a factor of 0 drops every pair: the model runs without its routed "
+                "experts. For no limit leave the flag out"
             )
         by_rank = isinstance(limit, limits.ExpandedDrop | limits.DeviceBudget | limits.MeasuredBudget)
         by_rank |= getattr(limit, "load_aware", "none") != "none"

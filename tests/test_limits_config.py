@@ -182,6 +182,8 @@ def test_flags_of_a_command(capsys: pytest.CaptureFixture[str]):
         (("--limit=nothing",), "there is no limit 'nothing'"),
     ):
         assert flags_of(*arguments) == "" and why in capsys.readouterr().err
+    assert flags_of("--limit=token_drop:factor=0") and "drops every pair" in capsys.readouterr().err
+    assert flags_of("--limit=token_drop:factor=0.5") and "drops every pair" not in capsys.readouterr().err
     flags_of("--limit=expanded_drop:factor=1")
     assert "Expanded Drop is expert choice then" in capsys.readouterr().err
 
