@@ -265,7 +265,7 @@ def test_the_page_says_what_the_rows_of_the_gpu_say():
         "at a quarter {:.2f} and {:.2f} of its speed for OLMoE's layer (half, 0.01); OLMoE's experts alone have {:.2f} "
     )
     assert (told + "and {:.2f}.").format(*over["olmoe"], *of_experts) in page
-    assert "For Mixtral's layer it is {:.2f} and {:.2f}, but".format(*over["mixtral"]) in page
+    assert "For Mixtral's layer it is {:.2f} and {:.2f}; the two".format(*over["mixtral"]) in page
     same = [at("mixtral, 1T, 0%", f"speedup/{part}") for part in ("layer", "experts")]  # the same work as no limit
     assert "{:.2f} of the speed without a limit ({:.2f} for the experts)".format(*(row.value for row in same)) in page
     split = {arm: at(f"olmoe, {arm}, 25%", "speedup/layer").extra["split_ms"] for arm in ("2T half", "1T")}

@@ -45,7 +45,7 @@ def pending(
         return None
 
 
-def clean_after(problem: Exception) -> bool:
+def clean_after(problem: BaseException) -> bool:
     """Whether it left the device as it was."""
     return type(problem).__name__ in HARMLESS
 
@@ -96,12 +96,19 @@ class Turns:
         runner = self.runners[name]
         if not runner.advance():
             return None
-        del self.runners[name]
-        gc.collect()
-        if runner.problem is not None:
+        if runner.problem is None:
+            row = {"implementation": name, **(runner.row or {})}
+        else:
             self.clean = self.clean and clean_after(runner.problem)
-            return {"implementation": name, "error": describe(runner.problem)}
-        return {"implementation": name, **(runner.row or {})}
+            row = {"implementation": name, "error": describe(runner.problem)}
+        del self.runners[name], runner  # with the error's frames, which hold what was on the device
+        gc.collect()
+        return row
+
+    def close(self) -> None:
+        """Ends what has not come to its end."""
+        for runner in self.runners.values():
+            runner.close()
 
 
 def serve_in_turn(
@@ -112,13 +119,15 @@ def serve_in_turn(
     send: Callable[[dict], None],
     receive: Callable[[], dict | None],
 ) -> bool:
-    """As `serve`, each timing when it is asked for."""
+    """As `serve`, each timing when it is asked for; ends at once if spoiled before the first one."""
     todo = pending(module, case, settings, done, send)
     if todo is None:
         return True
     mine = Turns(todo, send)
     for row in mine.begin():
         send({"row": row})
+        if not mine.clean:
+            return False
     send({"at_turn": list(mine.runners)})
     while mine.runners:
         request = receive()

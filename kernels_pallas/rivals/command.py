@@ -54,7 +54,11 @@ def add_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--ceiling", nargs="+", default=[], choices=CEILINGS[kind], help="of family dense, by name; default: all"
     )
-    parser.add_argument("--in-turn", action="store_true", help="all implementations of a case, one timing each")
+    parser.add_argument(
+        "--in-turn",
+        action="store_true",
+        help="all implementations of a case one timing each, its rows at its end; not of ffn, major_ffn",
+    )
     parser.add_argument("--processes", type=positive, default=4, help="of ours: while one measures, the others compile")
     parser.add_argument("--known", nargs="+", metavar="FILE", default=[], help="use configurations of these rows too")
     parser.add_argument("--output", help="JSON lines, appended as they come; configurations in it are used again")

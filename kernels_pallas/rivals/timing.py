@@ -23,10 +23,11 @@ def stopping(stop: Callable[[], None]) -> Generator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Seconds of one call, one entry for each timing of `calls` calls."""
+    """Seconds of one call, one entry for each timing of `calls` calls; `shared`: made in turn with other families'."""
 
     seconds: tuple[float, ...]
     calls: int
+    shared: bool = False
 
     @property
     def median(self) -> float:
@@ -35,7 +36,7 @@ class Timings:
     def fields(self) -> dict:
         """Columns of a row, in ms; p10 and p90 are percentiles. Those made in turn with others tell every timing."""
         ms = 1e3 * np.asarray(self.seconds)
-        every = {} if _stop.get() is None else {"timings_ms": [float(f"{one:.5g}") for one in ms]}
+        every = {"timings_ms": [float(f"{one:.5g}") for one in ms]} if self.shared else {}
         return every | {
             "median_ms": float(np.median(ms)),
             "min_ms": float(ms.min()),
@@ -73,7 +74,7 @@ def repeat(
     guess = batch(k) / k
     k = max(1, round(1e-3 * target_ms / max(guess, 1e-7)))
     batch(k)
-    return Timings(tuple(timed(k) for _ in range(repeats)), k * per_call)
+    return Timings(tuple(timed(k) for _ in range(repeats)), k * per_call, stop is not None)
 
 
 def wall_clock(call: Callable[[], object], wait: Callable[[object], object]) -> Callable[[int], float]:

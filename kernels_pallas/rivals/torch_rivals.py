@@ -43,6 +43,6 @@ def measure(case: Case, settings: Settings, layout: str) -> dict:
             return base(a, stored[id(b)].transpose(-2, -1), ends)
 
     row = torch_run.time_product(case, settings, run) | {"role": "rival", "layout": layout}
-    if layout == "ENK":
+    if layout == "ENK" or settings.in_turn:  # in turn, either may be the last
         torch_run.release()
     return row

@@ -16,13 +16,18 @@ from kernels_pallas.rivals.case import AnyCase, Settings
 Row = dict[str, Any]
 
 
+class _Closed(BaseException):
+    """Ends an implementation that nobody will ask to go on."""
+
+
 class Runner:
     """One implementation, in a thread that stops before each timing."""
 
     def __init__(self, name: str, run: Callable[[], Row]):
         self.name, self.run = name, run
         self.row: Row | None = None
-        self.problem: Exception | None = None
+        self.problem: BaseException | None = None
+        self._closed = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
 
@@ -34,19 +39,32 @@ class Runner:
         else:
             self._go.release()
         self._stopped.acquire()
-        return self.row is not None or self.problem is not None
+        ended = self.row is not None or self.problem is not None
+        if ended:
+            self._thread.join()  # its frames are gone with it
+        return ended
+
+    def close(self) -> None:
+        """Ends it where it stops next: a thread that still computes when Python ends brings the process down."""
+        if self._thread is not None:
+            self._closed = True
+            self._go.release()
+            self._thread.join()
 
     def _work(self) -> None:
         try:
             with timing.stopping(self._pause):
                 self.row = self.run()
-        except Exception as problem:
+        except BaseException as problem:  # a SystemExit too: nobody else would hear of it
             self.problem = problem
-        self._stopped.release()
+        finally:
+            self._stopped.release()
 
     def _pause(self) -> None:
         self._stopped.release()
         self._go.acquire()
+        if self._closed:
+            raise _Closed
 
 
 class Process(Protocol):

@@ -29,6 +29,7 @@ class Inline:
 
     def __init__(self, kind: str, family: str, seconds: float = 0.0):
         self.kind, self.family = kind, family
+        self.turns: Turns | None = None
 
     def rows(self, case: AnyCase, settings: Settings) -> Iterator[dict]:
         """A dictionary for each implementation: its columns, an "error", or "refused"."""
@@ -52,10 +53,13 @@ class Inline:
 
     def advance(self, name: str) -> dict | None:
         """See `turns.Process`."""
+        assert self.turns is not None
         return self.turns.advance(name)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Ends the threads of a case that was cut off."""
+        if self.turns is not None:
+            self.turns.close()
 
 
 class Worker:
@@ -268,7 +272,7 @@ class Team:
 
     def begin(self, case: AnyCase, settings: Settings) -> tuple[list[str], list[dict]]:
         """See `turns.Process`; cases must come in the order of `todo`."""
-        if self.at:
+        if self.at and len(self.members) > 1:  # by itself it measures from now on
             self._prepare(self.at - 1 + len(self.members))  # it had the case before
         self.turn_of = self.members[self.at % len(self.members)]
         self.at += 1

@@ -3,12 +3,14 @@
 import dataclasses
 import sys
 import textwrap
+import threading
+import weakref
 
 import numpy as np
 import pytest
 
 from kernels_pallas.grouped_matmul import bench, specs
-from kernels_pallas.rivals import jax_run, rows, timing, turns, worker
+from kernels_pallas.rivals import child, jax_run, rows, timing, turns, worker
 from kernels_pallas.rivals.case import Case, Settings, WrongResult
 
 SETTINGS = Settings(repeats=3, target_ms=0.1, tune="none", in_turn=True)
@@ -132,7 +134,68 @@ def test_a_search_does_not_stop_for_others():
         assert not stops
         made = timing.repeat(lambda k: 1.0, 3, 0.1)
         assert len(stops) == 4 and made.fields()["timings_ms"] == [1000.0] * 3
-    assert "timings_ms" not in made.fields()
+    assert "timings_ms" not in timing.repeat(lambda k: 1.0, 3, 0.1).fields()
+
+
+def test_what_was_timed_beside_its_own_whole_has_no_rounds_with_others(monkeypatch):
+    """`major`: the timings of another family at the same place are of another minute."""
+
+    class Module:
+        def measurements(self, case, settings):
+            run = lambda: timing.in_turns({"": lambda: None}, lambda x: None, 3, 0.001)[""].fields()  # noqa: E731
+            yield "half", run
+
+    processes = inline(monkeypatch, torch=module([], quick=timings(2.0, 6.0, 8.0)), ours=Module())
+    quick, half = rows.run_case(processes, case(), SETTINGS, {})
+    assert "timings_ms" in quick and "timings_ms" not in half
+    assert half["best_rival"] == "quick" and "ratio_to_best_rival_p10" not in half
+
+
+def test_an_implementation_that_asks_python_to_end_gives_a_row():
+    def ends():
+        raise SystemExit("no device")
+
+    runner = turns.Runner("library", ends)
+    asks = threading.Thread(target=runner.advance, daemon=True)
+    asks.start()
+    asks.join(20)
+    assert not asks.is_alive() and isinstance(runner.problem, SystemExit)
+
+
+def test_what_a_failed_implementation_held_is_free_for_the_next():
+    held = []
+
+    def wrong():
+        operands = np.zeros(8).view(type("Held", (np.ndarray,), {}))
+        held.append(weakref.ref(operands))
+        raise WrongResult("off by one")
+
+    made = child.Turns([("wrong", wrong), ("next", lambda: {"free": held[0]() is None})], lambda message: None)
+    assert list(made.begin())[1]["free"]
+
+
+def test_what_spoils_the_process_before_the_first_timing_does_not_reach_the_next():
+    spoiled, sent = [], []
+
+    class Module:
+        def measurements(self, case, settings):
+            yield "bad", lambda: spoiled.append(1) or {}["illegal address"]
+            yield "good", lambda: {"spoiled": bool(spoiled)}
+
+    assert not child.serve_in_turn(Module(), case(), SETTINGS, [], sent.append, lambda: None)
+    assert [message["row"]["implementation"] for message in sent if "row" in message] == ["bad"]
+    spoiled.clear()  # the fresh process that the parent starts
+    assert child.serve_in_turn(Module(), case(), SETTINGS, ["bad"], sent.append, lambda: None)
+    assert sent[-2:] == [{"row": {"implementation": "good", "spoiled": False}}, {"at_turn": []}]
+
+
+def test_a_case_that_is_cut_off_leaves_no_thread(monkeypatch):
+    before = threading.active_count()
+    processes = inline(monkeypatch, ours=module([], a=timings(1.0, 1.0, 1.0), b=timings(1.0, 1.0, 1.0)))
+    assert processes["ours"].begin(case(), SETTINGS)[0] == ["a", "b"]
+    assert threading.active_count() == before + 2
+    processes["ours"].close()
+    assert threading.active_count() == before
 
 
 def scripted(body):
