@@ -77,6 +77,7 @@ class Worker:
         self.seconds = seconds * families_of(kind)[family].patience
         self.process: subprocess.Popen | None = None
         self.command = [sys.executable, "-m", "kernels_pallas.rivals.child", kind, family]
+        self.at_turn: list[str] = []
         self.log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115
         self.answers: queue.Queue[dict | None] = queue.Queue()
 
@@ -128,9 +129,10 @@ class Worker:
         return text[-limit:]
 
     def rows(self, case: AnyCase, settings: Settings) -> Iterator[dict]:
-        """A dictionary for each implementation: its columns, an "error", or "refused"."""
+        """A dictionary for each implementation: its columns, an "error", or "refused". Timed in turn, those that come
+        to a first timing have none yet: they are `at_turn`."""
         done: list[str] = []
-        fruitless, reason = 0, ""
+        fruitless, reason, self.at_turn = 0, "", []
         while fruitless < 2:
             at, before = None, len(done)
             for message in self._ask(case, settings, done):
@@ -142,7 +144,8 @@ class Worker:
                 elif "failed" in message:  # it would fail a second time too
                     yield {"implementation": self.family, "error": message["failed"]}
                     return
-                elif "end" in message:
+                elif "end" in message or "at_turn" in message:
+                    self.at_turn = message.get("at_turn", [])
                     return
             self.close()
             if at is not None and at not in done:
@@ -154,24 +157,8 @@ class Worker:
 
     def begin(self, case: AnyCase, settings: Settings) -> tuple[list[str], list[dict]]:
         """See `turns.Process`."""
-        rows: list[dict] = []
-        fruitless, reason = 0, ""
-        while fruitless < 2:
-            at, before = None, len(rows)
-            for message in self._ask(case, settings, [row["implementation"] for row in rows]):
-                at = message.get("start", at)
-                reason = message.get("lost", reason)
-                if "row" in message:
-                    rows.append(message["row"])
-                elif "failed" in message:
-                    return [], [*rows, {"implementation": self.family, "error": message["failed"]}]
-                elif "at_turn" in message:
-                    return message["at_turn"], rows
-            self.close()
-            if at is not None and all(row["implementation"] != at for row in rows):
-                rows.append({"implementation": at, "error": reason})
-            fruitless = fruitless + 1 if len(rows) == before else 0
-        return [], [*rows, {"implementation": self.family, "error": reason}]
+        rows = list(self.rows(case, settings))
+        return self.at_turn, rows
 
     def advance(self, name: str) -> dict | None:
         """See `turns.Process`."""

@@ -192,10 +192,10 @@ def _stop_ids(folder: Path, settings: Mapping[str, Mapping[str, Any]], vocab: Ma
     Raises:
       ConfigError: an id that no token has: documents would begin with another one, or with none.
     """
+    known = set(vocab.values())
     for name in SETTINGS[:2]:
         found = settings[name].get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
-        known = set(vocab.values())
         if wrong := [i for i in ids if type(i) is not int or i not in known]:
             raise ConfigError(
                 f"{folder / name}: eos_token_id={found!r}: tokenizer.json has no token {wrong[0]!r}; its ids are whole "
