@@ -1,6 +1,6 @@
 """Inputs, check and timing of one grouped matmul in JAX; `product(a, b, group_sizes)` is what a family passes in.
 
-Operands by operation:
+Operands by operation (major has a fourth, the extents: a constant in the program would be made anew in each call):
     forward, decode, major   a = lhs [P,K]   b = rhs [E,K,N]   -> [P,N]
     dlhs                     a = dy [P,N]    b = rhs [E,K,N]   -> [P,K]
     drhs                     a = lhs [P,K]   b = dy [P,N]      -> [E,K,N]
@@ -22,8 +22,8 @@ from kernels_pallas.rivals import case as cases
 from kernels_pallas.rivals import timing
 from kernels_pallas.rivals.case import BETWEEN_USES, Case, Settings, WrongResult
 
-Operands = tuple[Array, Array, Array]
-Product = Callable[[Array, Array, Array], Array]
+Operands = tuple[Array, ...]
+Product = Callable[..., Array]
 # Checks are not timed: XLA need not search for their fastest matmul, which takes longer than the check.
 UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
@@ -43,7 +43,8 @@ normal = jax.jit(_normal, static_argnums=(1, 2, 3))
 def abstract(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Operands without data."""
     a, b = (jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for shape in case.operand_shapes)
-    return a, b, jax.ShapeDtypeStruct((case.experts,), jnp.dtype("int32"))
+    of_groups = jax.ShapeDtypeStruct((case.experts,), jnp.dtype("int32"))
+    return a, b, *[of_groups] * (1 if case.extent is None else 2)
 
 
 def input_sets(case: Case) -> int:
@@ -55,7 +56,9 @@ def input_sets(case: Case) -> int:
 def operands(case: Case) -> tuple[Operands, ...]:
     """Sets of random normal operands; several where one set would stay in the cache (decode)."""
     a_shape, b_shape = case.operand_shapes
-    sizes = jnp.asarray(case.group_sizes, jnp.int32)
+    of_groups = [jnp.asarray(case.group_sizes, jnp.int32)]
+    if case.extent is not None:
+        of_groups.append(jnp.full(case.experts, case.extent, jnp.int32))
     sets = []
     for i in range(input_sets(case)):
         keys = jax.random.split(jax.random.key(i), 2)
@@ -64,7 +67,7 @@ def operands(case: Case) -> tuple[Operands, ...]:
         if case.extent is not None and case.projection == "down":
             # Columns beyond the extent are ignored: what stands there must not matter.
             a = jnp.where(jnp.arange(case.k) < case.extent, a, jnp.nan).astype(a.dtype)
-        sets.append((a, b, sizes))
+        sets.append((a, b, *of_groups))
     return tuple(jax.block_until_ready(sets))
 
 
@@ -86,7 +89,7 @@ def wanted(name: str, settings: Settings) -> bool:
 @functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=UNTUNED)
 def _row_errors(out: Array, operands: Operands, where: tuple[Array, Array], spec: str, case: Case) -> Array:
     """Relative norm of the error on some rows of some groups, [G]; of `case` only the shape matters."""
-    a, b, _ = operands
+    a, b, *_ = operands
     group, rows = where
 
     def one(args: tuple[Array, Array]) -> Array:
@@ -118,7 +121,7 @@ def error(case: Case, operands: Operands, out: Array) -> float:
     Rows: 64 of each of 8 groups, the first and last of a group among them. Weight gradients: three experts as a
     whole, and exact zeros for the experts without rows.
     """
-    a, b, _ = operands
+    a, b, *_ = operands
     if case.operation == "drhs":
         expert = cases.sampled_experts(case)
         sizes, largest = np.asarray(case.group_sizes), max(case.group_sizes)

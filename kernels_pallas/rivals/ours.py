@@ -23,11 +23,11 @@ def product(case: Case, name: str, layout: str) -> jax_run.Product:
     if layout == "ENK":
         options["transpose_rhs"] = True
     if case.operation == "major":
-        options |= {
-            "extents": jnp.full(case.experts, case.d_expert // 2, jnp.int32),
-            "extent_axis": "n" if case.projection == "up" else "k",
-        }
+        options["extent_axis"] = "n" if case.projection == "up" else "k"
     matmul = functools.partial(grouped_matmul, **options)
+
+    def major(lhs: Array, rhs: Array, sizes: Array, extents: Array) -> Array:
+        return matmul(lhs, rhs, sizes, extents=extents)
 
     def dlhs(dy: Array, rhs: Array, sizes: Array) -> Array:
         like = jnp.zeros((case.rows, case.k), dy.dtype)
@@ -37,7 +37,7 @@ def product(case: Case, name: str, layout: str) -> jax_run.Product:
         like = jnp.zeros((case.experts, *((case.n, case.k) if layout == "ENK" else (case.k, case.n))), lhs.dtype)
         return jax.vjp(lambda rhs: matmul(lhs, rhs, sizes), like)[1](dy)[0]
 
-    return {"dlhs": dlhs, "drhs": drhs}.get(case.operation, matmul)
+    return {"dlhs": dlhs, "drhs": drhs, "major": major}.get(case.operation, matmul)
 
 
 def measurements(case: Case, settings: Settings) -> Iterator[tuple[str, Callable[[], dict]]]:
@@ -67,8 +67,8 @@ def _stored(case: Case, layout: str) -> Callable[[jax_run.Operands], jax_run.Ope
     """Operands with the weights, if they are one, in this layout."""
 
     def transform(operands: jax_run.Operands) -> jax_run.Operands:
-        a, b, sizes = operands
-        return a, _swap(b) if layout == "ENK" and case.operation != "drhs" else b, sizes
+        a, b, *of_groups = operands
+        return a, _swap(b) if layout == "ENK" and case.operation != "drhs" else b, *of_groups
 
     return transform
 
