@@ -83,17 +83,6 @@ def launch(config: Any, *, barriers: bool = True, approximate: bool = False) -> 
     }
 
 
-def follow_on() -> None:
-    """Awaits the end of the kernel before, and lets the next one be launched already.
-
-    A kernel that calls this is launched while the one before it still ends (CUDA's programmatic dependent launch), if
-    that one calls it too: what a launch takes is not waited for. All threads call it before anything in memory is read
-    or written; then what the kernels before wrote is there, and what they read is no longer needed.
-    """
-    plgpu.griddepcontrol_wait()
-    plgpu.griddepcontrol_launch_dependents()
-
-
 def announce(notes: Any, number: Any, *values: Any) -> None:
     """Tells the consumers what tile `number` of this block is. All threads of the warpgroup write the same words, and
     each of them arrives, so that its own are seen."""

@@ -32,7 +32,6 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     drain,
     due,
     follow,
-    follow_on,
     free_slots,
     heard_all,
     in_cell,
@@ -124,8 +123,6 @@ def _kernel(
     a_in, a_smem = (a_smem, a_smem) if interpret else a_smem
     staged_out, staged = (stage, stage) if interpret else stage
     wg = lax.axis_index("wg")
-    if not interpret:  # which knows no other kernel
-        follow_on()
     stages, bm, bn = config.stages, config.block_m, config.block_n
     wm, wn = (bm // CONSUMERS, bn) if config.split == "m" else (bm, bn // CONSUMERS)
     width = grid.block_n  # columns of the result in a tile
