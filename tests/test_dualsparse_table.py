@@ -2,6 +2,7 @@
 that they make of a run; and, in the slow test, the whole way through the command."""
 
 import dataclasses
+import functools
 import math
 import types
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 
 from experiments import dualsparse_settings as settings
-from experiments.papers import capacity_aware, dualsparse
+from experiments.papers import arms, capacity_aware, dualsparse
 from moejax import sharding
 from moejax.config import ConfigError, ExperimentConfig, MoEConfig, RouterConfig, from_mapping
 from moejax.data import load_corpus
+from moejax.evaluate import DomainScore
 from moejax.loop import resolve_vocab
 from moejax.report import build_report
 from moejax.results import append_rows, environment_facts, read_rows
@@ -216,6 +218,73 @@ def test_tables_through_the_command(workspace: Path, tmp_path: Path, compiled_on
     assert execute(*config) == 0
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
     build_report([tmp_path / "run"])
+
+
+SHARED = {
+    "paper": "dualsparse", "config_hash": "c", "checkpoint_hash": "w", "data_hash": "d", "batch_shape": (8, 32),
+    "commit": "abc", "dirty": False, "device": "cpu", "device_count": 1, "versions": {"jax": "0.11.2"},
+}  # fmt: skip
+
+
+def test_a_table_that_was_stopped_goes_on_with_the_next_arm(
+    models: dualsparse.Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = [
+        settings.Setting("none", "none", "base"),
+        settings.Setting("two", "two", "order:gate_up_abs", "2T", 0.3, 0.05),
+    ]
+    measure, lines, counted = dualsparse.Models._measure, [], []
+
+    def counting(self: dualsparse.Models, setting: settings.Setting) -> dualsparse.Measured:
+        counted.append(setting.rule)
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+        return measure(self, setting)
+
+    def call(**other: Any) -> list[dualsparse.Measured]:
+        kept = arms.Arms(tmp_path, SHARED | other, lines.append)
+        again = dualsparse.Models(models.run, models.base, functools.partial(kept.measured, dualsparse.Measured, 0))
+        return [again.measure(setting) for setting in asked]
+
+    monkeypatch.setattr(dualsparse.Models, "_measure", counting)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert counted == ["", "2T"] and lines == []
+    one, two = call()
+    assert counted == ["", "2T", "2T"] and len(lines) == 1 and "arms.jsonl" in lines[0]
+    monkeypatch.setattr(dualsparse.Models, "_measure", measure)
+    assert [one, two] == [models.measure(setting) for setting in asked]  # as if nobody had stopped it, to the last bit
+    assert two.facts["limit"] and two.halved > 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"commit": "def"},
+        {"checkpoint_hash": "v"},
+        {"data_hash": "e"},
+        {"dirty": True},
+        {"commit": ""},
+        {"device": "gpu"},
+    ],
+)
+def test_arms_of_other_code_or_on_other_things_are_measured_again(tmp_path: Path, other: dict):
+    setting, lines = settings.Setting("none", "none", "base"), []
+    first = dualsparse.Measured({"a": DomainScore(1.5, 2, 3, 0.1 + 0.2, 5.0, ((1.5, 2),))}, 0.1, 0.2, 0.3, 0.4, 0.5, {})
+
+    def call(measured: dualsparse.Measured, **other: Any) -> dualsparse.Measured:
+        return arms.Arms(tmp_path, SHARED | other, lines.append).measured(
+            dualsparse.Measured, 0, setting, lambda: measured
+        )
+
+    second = dataclasses.replace(first, rate=0.9)
+    assert call(first) == first == call(second)
+    assert call(second, **other) == second
+    assert call(second, **other) == second
+    (tmp_path / "arms.jsonl").write_text('{"of": {}}\n{"arm"')
+    assert call(second) == second and "is damaged" in lines[-1]
+    arms.Arms(tmp_path, SHARED, lines.append).done()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_says_what_the_rows_say():

@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments import capacity_settings as settings
 from experiments.capacity_settings import BASELINE, METRIC, Curve, Setting
+from experiments.papers.arms import Arms
 from moejax.config import ConfigError, ExperimentConfig, config_hash
 from moejax.data import TOKEN_CLASSES, eval_batches
 from moejax.evaluate import DomainScore, bits_per_byte
@@ -49,7 +50,8 @@ def make_table(
 ) -> None:
     """Evaluates every arm on each seed's best checkpoint and appends the rows to ``workdir/results.jsonl``.
 
-    Tables that were made before with the same config and weights are kept, not made again.
+    Tables that were made before with the same config and weights are kept, not made again; a table that was stopped
+    goes on with the next arm.
 
     Raises:
       ConfigError: a static buffer overflowed, so that pairs were lost that no limit had dropped.
@@ -57,7 +59,8 @@ def make_table(
     out, states = workdir / "results.jsonl", {seed: run.best()[0] for seed, run in runs.items()}
     shards = token_shards(next(iter(runs.values())).mesh)
     shared = row_facts(PAPER, config, list(states.values()), shards, facts)
-    scoring = _Scoring(runs, states)
+    arms = Arms(workdir, shared, say)
+    scoring = _Scoring(runs, states, arms)
     ranks = settings.ranks_of(config, shards)
     for table in (name for name in settings.TABLES if name in config.table.tables):
         mine = made_before(out, shared)
@@ -70,6 +73,7 @@ def make_table(
         if table == "latency":
             rows += [by_latency(r) for r in mine if r.table == "sweep" and r.extra.get("x", 0) >= PLOTTED]
         append_rows(out, rows)
+    arms.done()
 
 
 def row_facts(
@@ -141,36 +145,58 @@ def curves_of(rows: list[ResultRow]) -> dict[str, Curve]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
 class _Measured:
     """One arm on one seed."""
 
-    def __init__(self, by_domain: dict[str, DomainScore], metrics: MoEMetrics, critical: float) -> None:
-        load, m = load_summary(metrics), jax.device_get(metrics)
-        self.by_domain, self.critical = by_domain, critical
-        self.dropped, self.added = (float(v.sum() / m.routed.sum()) for v in (m.dropped, m.added))
-        self.mean = float(np.mean([s.bits_per_byte for s in by_domain.values()]))
-        self.busiest = max(load["max_over_mean"])
-        self.lost_share = float(np.mean(load["lost_share"]))
-        if overflow := sum(load["overflow"]):
-            raise ConfigError(
-                f"{overflow:.0f} pairs overflowed a static buffer: such a row is not published. Choose another "
-                "config.model.moe.implementation."
-            )
+    by_domain: dict[str, DomainScore]
+    critical: float
+    """Rows of the busiest rank, summed over batches and layers."""
+    dropped: float
+    """Share of pairs."""
+    added: float
+    """Pairs that an expanded limit added, as a share of those routed."""
+    busiest: float
+    """Load of the busiest expert over the mean, over all text, of the layer where it is largest."""
+    lost_share: float
+    """Share of tokens without an expert, mean over layers."""
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([score.bits_per_byte for score in self.by_domain.values()]))
+
+
+def _measured(by_domain: dict[str, DomainScore], metrics: MoEMetrics, critical: float) -> _Measured:
+    load, m = load_summary(metrics), jax.device_get(metrics)
+    if overflow := sum(load["overflow"]):
+        raise ConfigError(
+            f"{overflow:.0f} pairs overflowed a static buffer: such a row is not published. Choose another "
+            "config.model.moe.implementation."
+        )
+    dropped, added = (float(v.sum() / m.routed.sum()) for v in (m.dropped, m.added))
+    lost = float(np.mean(load["lost_share"]))
+    return _Measured(by_domain, critical, dropped, added, max(load["max_over_mean"]), lost)
 
 
 class _Scoring:
     """The models of all seeds, under limits, on virtual ranks, with fewer experts per token."""
 
-    def __init__(self, runs: dict[int, Run], states: dict[int, TrainState]) -> None:
-        self.runs, self.states = runs, states
+    def __init__(self, runs: dict[int, Run], states: dict[int, TrainState], arms: Arms) -> None:
+        self.runs, self.states, self.arms = runs, states, arms
         self._programs: dict[tuple[int, int], Callable] = {}
         self._made: dict[tuple, _Measured] = {}
 
     def measure(self, seed: int, setting: Setting) -> _Measured:
         """Held-out bits per byte of every domain, and what the layers did."""
         again = (seed, setting.name, setting.ranks) if setting.name == BASELINE else None
-        if again in self._made:
-            return self._made[again]
+        if again not in self._made:
+            made = self.arms.measured(_Measured, seed, setting, lambda: self._measure(seed, setting))
+            if again is None:
+                return made
+            self._made[again] = made
+        return self._made[again]
+
+    def _measure(self, seed: int, setting: Setting) -> _Measured:
         run, config = self.runs[seed], self.runs[seed].config
         scorer = run.scorer(self.states[seed], limits=setting.limits)
         critical = 0.0
@@ -205,8 +231,7 @@ class _Scoring:
         }
         if scorer.metrics is None:
             raise ConfigError("table.name='capacity_aware' needs a model with experts: set model.moe")
-        made = _Measured(by_domain, scorer.metrics, critical)
-        return made if again is None else self._made.setdefault(again, made)
+        return _measured(by_domain, scorer.metrics, critical)
 
     @staticmethod
     def _program(run: Run, ranks: int, k: int) -> Callable:

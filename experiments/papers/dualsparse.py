@@ -9,6 +9,7 @@ does. Half pairs, skipping and pruning run in the layer itself, with thresholds 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import dualsparse_settings as settings
 from experiments.dualsparse_settings import METRIC, Setting
+from experiments.papers.arms import Arms
 from experiments.papers.capacity_aware import made_before, row_facts
 from experiments.trace import in_turn
 from moejax import checkpoint, importance, limits, pruning, thresholds
@@ -69,7 +71,8 @@ def make_table(
 ) -> None:
     """Evaluates every arm on each seed's best checkpoint and appends the rows to ``workdir/results.jsonl``.
 
-    Tables that were made before with the same config and weights are kept, not made again.
+    Tables that were made before with the same config and weights are kept, not made again; a table that was stopped
+    goes on with the next arm.
 
     Raises:
       ConfigError: a static buffer overflowed, so that pairs were lost that nothing had dropped; no calibration text.
@@ -77,7 +80,10 @@ def make_table(
     out, states = workdir / "results.jsonl", {seed: run.best()[0] for seed, run in runs.items()}
     shards = token_shards(next(iter(runs.values())).mesh)
     shared = row_facts(PAPER, config, list(states.values()), shards, facts)
-    models = {seed: Models(run, states[seed]) for seed, run in runs.items()}
+    arms = Arms(workdir, shared, say)
+    models = {
+        seed: Models(run, states[seed], functools.partial(arms.measured, Measured, seed)) for seed, run in runs.items()
+    }
     for table in (name for name in settings.TABLES if name in config.table.tables):
         mine = made_before(out, shared)
         old = {r.row for r in mine if r.table == table}
@@ -90,6 +96,7 @@ def make_table(
         append_rows(
             out, _layers(config, models, this) if table == "layers" else _rows(config, asked, models, this, say)
         )
+    arms.done()
 
 
 def _rows(
@@ -235,6 +242,9 @@ def _layers(config: ExperimentConfig, models: "Mapping[int, Models]", shared: di
     return rows
 
 
+Kept = Callable[[Setting, Callable[[], Measured]], Measured]
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,8 +261,10 @@ class Variant:
 class Models:
     """The model of one training seed and those that are made of it, with what calibration text says of each."""
 
-    def __init__(self, run: Run, state: TrainState) -> None:
+    def __init__(self, run: Run, state: TrainState, kept: "Kept | None" = None) -> None:
+        """``kept(setting, measure)`` is what an earlier call measured of a setting, or what ``measure()`` gives."""
         self.run, self.config = run, run.config
+        self._kept = kept or (lambda setting, measure: measure())
         self.base = Variant(run.config.model, state.params, state.router_state)
         self._programs: dict[tuple[str, ModelConfig], Callable] = {}
         self._made: dict[str, Variant] = {}
@@ -408,7 +420,7 @@ class Models:
         """Held-out bits per byte of every domain, and what the layers did."""
         same = dataclasses.replace(setting, name="", arm="", published=None, plotted=False)
         if same not in self._measured:
-            self._measured[same] = self._measure(setting)
+            self._measured[same] = self._kept(same, lambda: self._measure(setting))
         return self._measured[same]
 
     def _measure(self, setting: Setting) -> Measured:
