@@ -86,7 +86,10 @@ def command(values: flags.FlagValues) -> int:
     )
     files = sorted(output.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    tokenizer = f"tokenizer of {source}" if source else "no tokenizer files: this model reads one of ours"
+    tokenizer = "no tokenizer files: this model reads one of ours"
+    if source:
+        there = any(output.glob("*token*"))  # a folder of weights alone has none to copy
+        tokenizer = f"tokenizer of {source}" if there else f"no tokenizer files: {source} has none"
     session.say(
         f"{output}: {family}, weights of {size / 1e9:.3g} GB in {', '.join(f.name for f in files)}; {tokenizer}"
     )

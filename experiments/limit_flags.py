@@ -32,6 +32,10 @@ def given(values: flags.FlagValues, model: ModelConfig, name: str = "limit") -> 
     """
     made: list[Limit] = []
     texts: list[str] = values[name].value or []
+    if not texts and model.moe.capacity_limits and ("dropless" not in values or values.dropless):
+        session.say(
+            f"note: the checkpoint's config has limits, which are not in force here: --{name}={OWN} puts them in force"
+        )
     if OWN in texts and not limits.of_config(model.moe):
         raise ConfigError(f"--{name}={OWN}: the checkpoint's config has no limit; name one, or leave the flag out")
     for text in texts:

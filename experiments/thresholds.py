@@ -232,6 +232,8 @@ def check_flags(values: flags.FlagValues) -> None:
         raise ConfigError("--output needs a target, e.g. --drop_rate=0.25")
     if values.one_threshold and (values["gap"].present or values.major):
         raise ConfigError("--one_threshold is 1T-Drop, which halves no pair: leave --gap and --major out")
+    if values.drop_rate is not None:
+        thresholds.check_rate(values.drop_rate)  # NaN is in every range that a flag knows
     if values.quality is not None:
         if not values.check:
             raise ConfigError("--quality is found by evaluation: leave --nocheck out")

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ConfigError, ModelConfig
 from moejax.data import Batch
 from moejax.data.cache import replacing
-from moejax.model import Decoder, build, layer_groups
+from moejax.model import Decoder, build, layer_groups, moe_layer_ids
 from moejax.neurons import METRICS
 from moejax.partition import reconstruct
 from moejax.sharding import RouterState, put_batch, tree_shardings
@@ -63,6 +63,7 @@ def measure(model: Decoder, batches: Iterable[Batch], mesh: jax.sharding.Mesh) -
 
     Raises:
       ConfigError: no text.
+      FloatingPointError: a sum is NaN or infinite, which no order of neurons can be made of.
     """
     graph, params, router_state = _placed(model, mesh)
 
@@ -83,6 +84,15 @@ def measure(model: Decoder, batches: Iterable[Batch], mesh: jax.sharding.Mesh) -
         total = part if total is None else total + part
     if total is None or not total.tokens:
         raise ConfigError("neuron importance: there is no text to measure it on")
+    broken = [
+        layer
+        for i, layer in enumerate(moe_layer_ids(model.config))
+        if not all(np.isfinite(values[i]).all() for values in total.sums.values())
+    ]
+    if broken:
+        raise FloatingPointError(
+            f"layer {broken[0]}: what its neurons do is NaN or infinite; the model or its input is broken"
+        )
     return total
 
 
@@ -99,6 +109,7 @@ def leading_losses(
 
     Raises:
       ConfigError: no text.
+      FloatingPointError: a loss is NaN or infinite.
     """
     graph, params, router_state = _placed(model, mesh)
     masks = {name: reconstruct.leading(order, columns) for name, order in orders.items()}
@@ -131,6 +142,10 @@ def leading_losses(
         tokens += int(np.sum(batch["mask"]))
     if not tokens:
         raise ConfigError("neuron importance: there is no text to judge the metrics on")
+    if broken := [name for name, value in sums.items() if not np.isfinite(value)]:
+        raise FloatingPointError(
+            f"the loss with the leading {columns} neurons by {broken[0]!r} is {sums[broken[0]]}; the model is broken"
+        )
     return {name: value / tokens for name, value in sums.items()}
 
 

@@ -108,7 +108,9 @@ class ScoreTable:
         """
         for layer, (score, weight) in enumerate(zip(np.asarray(scores), np.asarray(weights), strict=True)):
             if np.isnan(score).any():
-                raise FloatingPointError(f"MoE layer {layer}: a router score is NaN; the model or its input is broken")
+                raise FloatingPointError(
+                    f"MoE layer {layer + 1} of {self.layers}: a router score is NaN; the model or its input is broken"
+                )
             real = score >= 0
             bins = np.minimum(np.ceil(score[real] * np.float32(BINS)), BINS).astype(np.int64)
             self.pairs[layer] += np.bincount(bins, minlength=BINS + 1)
@@ -219,8 +221,7 @@ def solve(table: ScoreTable, rate: float, rule: Rule, spread: Spread = "layer") 
     Raises:
       ConfigError: a rate outside [0, 1], or an unknown spread.
     """
-    if not 0 <= rate <= 1:
-        raise ConfigError(f"drop_rate={rate}: a share of the routed work, in [0, 1]")
+    check_rate(rate)
     if spread not in get_args(Spread):
         raise ConfigError(f"spread={spread!r}: choose one of {', '.join(get_args(Spread))}")
     grid = np.arange(BINS) / BINS
@@ -231,6 +232,12 @@ def solve(table: ScoreTable, rate: float, rule: Rule, spread: Spread = "layer") 
         curves = (dropped(row, grid, rule) for row in table.pairs)
         return np.array([_nearest(curve, rate * n) for curve, n in zip(curves, table.routed, strict=True)])
     return _least_weight(table, rate, rule, grid)
+
+
+def check_rate(rate: float) -> None:
+    """Raises ConfigError for a drop rate outside [0, 1], or NaN."""
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"drop_rate={rate}: a share of the routed work, in [0, 1]")
 
 
 def _nearest(curve: Float[np.ndarray, "BINS"], target: float) -> float:

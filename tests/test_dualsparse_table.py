@@ -350,6 +350,13 @@ def test_the_page_says_what_the_rows_of_the_gpu_say():
         at("mixtral, opportunistic, keep=1", "speedup/decode/1"),
     )
     assert f"16 tokens gains {kept[0].value:.2f}" in page and f"one token {kept[1].value:.2f}" in page
+    gone = [100 * row.extra["drop_rate"] for row in kept]
+    assert "drop more, {:.0f} % and {:.0f} % of the pairs".format(*gone) in page
+    four = at("olmoe, opportunistic, keep=4", "speedup/decode/16")
+    text = (
+        f"`keep=4` drops {100 * four.extra['drop_rate']:.0f} % of OLMoE's 16 tokens' pairs and gains {four.value:.2f}"
+    )
+    assert text in page
     assert "({:.2f} and {:.2f} there)".format(*(row.extra["bound_by_bytes"] for row in kept)) in page
 
 
@@ -403,8 +410,20 @@ def test_the_page_says_what_the_rows_of_two_gpus_say():
     assert f"{pairs['median_ms'] / tokens['median_ms']:.2f} times as fast as S-ETP with pairs" in other
     first = {(row.row, row.metric): row.value for row in read_rows(results / "dualsparse_h100.jsonl")}
     later = {(row.row, row.metric): row.value for row in read_rows(results / "dualsparse_decode_h200.jsonl")}
-    tokens = [first["olmoe, 2T half, 25%", f"speedup/decode/{b}"] for b in (1, 512)]
-    assert "{:.2f} for one token, {:.2f} for 512 in those rows".format(*tokens) in page
+    for (name, metric), value in first.items():  # of decoding, each form of 2T-Drop beside 1T-Drop
+        model, arm, *_ = name.split(", ")
+        if metric.startswith("speedup/decode/") and arm.startswith("2T"):
+            assert value < first[f"{model}, 1T, 25%", metric]
+    tokens = [first["olmoe, 2T half, 25%", f"speedup/decode/{b}"] for b in (1, 16, 512)]
+    text = "OLMoE's layer has {:.2f} of the speed without a limit for one token, {:.2f} for 16 and {:.2f} for 512"
+    assert text.format(*tokens) in page
+    tokens = [first["mixtral, 2T half, 25%", f"speedup/decode/{b}"] for b in (1, 16, 512)]
+    assert "Mixtral's {:.2f}, {:.2f} and {:.2f}. Since then".format(*tokens) in page
+    assert f"Mixtral then loses: {first['mixtral, 1T, 25%', 'speedup/decode/512']:.2f} for 512" in page
+    ones, twos = ([later[f"olmoe, {arm}", f"speedup/decode/{b}"] for b in (1, 16, 512)]
+                  for arm in ("1T, 25%", "opportunistic, keep=2"))  # fmt: skip
+    text = "1T-Drop has {:.2f}, {:.2f} and {:.2f} there, and `keep=2` {:.2f}, {:.2f} and {:.2f}."
+    assert text.format(*ones, *twos) in page
     tokens = [later["olmoe, 2T half, 25%", f"speedup/decode/{b}"] for b in (1, 16, 512)]
     assert "{:.2f} of the speed without a limit for one token, {:.2f} for 16 and {:.2f} for 512".format(*tokens) in page
 
@@ -428,6 +447,10 @@ def test_the_page_says_what_the_rows_of_lab_models_say():
     wide = [-row.value for row in one("wide: reconstruct beats partition")]
     text = "reconstruction is worth {:.4f} (Mixtral-like), {:.4f} (OLMoE-like) and {:.4f} (DeepSeek-like)"
     assert text.format(*wide) in page
+    share = {(row.config.rpartition("=")[2], row.row): row.extra["halved_share"]
+             for row in rows if row.table == "2" and row.kind == "value"}  # fmt: skip
+    more = [share[model, "2T reconstruct, wide"] / share[model, "2T reconstruct"] for model in models]
+    assert f'"wide": {min(more):.1f} to {max(more):.1f} times as many pairs are halved' in page
     assert all(row.value > 0 for row in one("wide: 2T reconstruct loses less than 1T"))
     rates = {model: {name: row for (m, t, name), row in judged.items() if (m, t) == (model, "thresholds")}
              for model in models[:2]}  # fmt: skip
@@ -468,6 +491,12 @@ def test_the_page_says_what_the_rows_of_lab_models_say():
         best = sorted((value, name) for (m, name), value in loss.items() if m == model and name != "no drop")
         assert {name for _, name in best[:2]} == {"|gate-up|", "our metric"}
     assert loss["mixtral_like", "gate-up"] > loss["mixtral_like", "as stored"]
+    ours = [judged[model, "importance", "our metric beats |gate-up|"] for model in models[:2]]
+    assert "(*not reproduced*: {:.4f} and {:.4f} worse)".format(*(row.value for row in ours)) in page
+    assert {row.verdict for row in ours} == {"not reproduced"}
+    trained = {row.checkpoint_hash for row in rows if row.config.endswith("olmoe_like") and row.commit[:7] == "9e51db4"
+               and row.table in ("thresholds", "importance")}  # fmt: skip
+    assert len(trained) == 2 and "tables `thresholds` and `importance`" in page
     assert abs(loss["olmoe_like", "gate-up"] - loss["olmoe_like", "as stored"]) < 5e-4
 
 

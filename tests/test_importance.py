@@ -212,6 +212,21 @@ def test_no_text(model: Decoder):
         measure(model, [padding], mesh_of(1))
 
 
+def test_a_broken_model_has_no_order(model: Decoder):
+    """Every loss is NaN then, and none of the metrics "loses least"."""
+    graph, *states = nnx.split(model, nnx.Param, ...)
+    for name, why in (("/moe/store/gate", r"layer \d: what its neurons do is NaN"), ("embed", "NaN")):
+        arrays = {path: np.asarray(leaf).copy() for path, leaf in checkpoint.flatten(states[0]).items()}
+        next(array for path, array in arrays.items() if path.endswith(name) or name in path).fill(np.nan)
+        params = jax.tree.unflatten(jax.tree.structure(states[0]), list(map(jnp.asarray, arrays.values())))
+        broken = nnx.merge(graph, params, *states[1:])
+        with pytest.raises(FloatingPointError, match=why):
+            measure(broken, batches(1), mesh_of(1))
+    orders = {"x": np.broadcast_to(np.arange(F), (len(moe_layer_ids(model.config)), model.config.moe.num_experts, F))}
+    with pytest.raises(FloatingPointError, match="leading 4 neurons by 'x' is nan"):
+        leading_losses(broken, orders, 4, batches(1), mesh_of(1))
+
+
 def by_path(model: Decoder) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in checkpoint.flatten(nnx.state(model, nnx.Param)).items()}
 

@@ -115,7 +115,8 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
         (source / name).write_text(name)
     out = tmp_path / "out"
     assert execute(f"--checkpoint={source}", f"--output={out}", "--format=fused", "--dtype=float32") == 0
-    assert "olmoe" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "olmoe" in said and f"tokenizer of {source}" in said
     assert [(out / name).read_text() for name in TOKENIZER] == list(TOKENIZER)
     raw = json.loads((out / "config.json").read_text())
     assert (raw["eos_token_id"], raw["max_position_embeddings"], raw["torch_dtype"]) == (7, 99, "float32")
@@ -134,6 +135,9 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
         assert execute(*arguments) == 2
         assert word in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    (source / "tokenizer.json").unlink()
+    assert execute(f"--checkpoint={source}", f"--output={tmp_path}/bare") == 0
+    assert f"no tokenizer files: {source} has none" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])

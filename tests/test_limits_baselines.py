@@ -113,6 +113,15 @@ def test_zero_computation_experts_are_compared_and_never_skipped():
     assert run(limits.skip_second(1.0), free).valid[costs].sum() == best_costs.sum() < TOKENS
 
 
+def test_a_token_with_scores_that_are_nan_is_not_skipped():
+    table = ref.routed(np.random.default_rng(8))
+    broken = dataclasses.replace(table, score=np.asarray(table.score).copy())
+    broken.score[0] = np.nan
+    for renormalise in (True, False):
+        made = run(limits.skip_second(0.9, renormalise=renormalise), broken)
+        assert made.valid[0].all() and not made.valid[1:].all()
+
+
 def test_a_beta_for_each_layer_and_new_numbers_without_a_new_program():
     table, _ = CASES["skewed"]
     limit = limits.skip_second((0.1, 0.9))

@@ -171,10 +171,14 @@ def flags_of(*arguments: str) -> tuple | str:
 
 def test_flags_of_a_command(capsys: pytest.CaptureFixture[str]):
     assert flags_of() == ()
+    assert (
+        "--limit=config puts them in force" in capsys.readouterr().err
+    )  # else a checkpoint of thresholds seems to drop
     found = flags_of("--limit=config", "--limit=token_drop:factor=1.5,rounding=ceil", "--limit_decode") or ()
     assert not found and "rounding=floor leaves the few tokens" in capsys.readouterr().err  # of the config's reroute
     found = flags_of("--limit=config", "--limit=token_drop:factor=1.5")
     assert [type(limit) for limit in found] == [limits.Reroute, limits.TokenDrop]
+    assert "puts them in force" not in capsys.readouterr().err
     for arguments, why in (
         (("--limit=token_drop:factor=1,order=random",), "order=random needs a draw"),
         (("--limit_decode",), "--limit_decode needs a limit"),

@@ -70,6 +70,18 @@ def test_the_rule_in_loops(threshold: float, gap: float | None):
         np.testing.assert_array_equal(kept.weight, table.weight)  # nothing is renormalised
 
 
+def test_scores_that_are_nan_stay():
+    """A broken router shows in the outputs with the limit as without: nothing of its tokens is dropped or halved."""
+    table = fakes.random_table(np.random.default_rng(4), 6, 4, 8)
+    broken = dataclasses.replace(table, score=table.score.at[0].set(jnp.nan).at[1, 2].set(jnp.nan))
+    for options in ({}, {"gap": 0.1}, {"load_aware": "paper", "ranks": 2}, {"load_aware": "water", "ranks": 2}):
+        limit = limits.threshold_drop(0.24, **options)
+        kept, wanted = (limit(each, RouteContext(expert_dim=16)) for each in (broken, table))
+        assert np.asarray(kept.valid)[:2].all()
+        assert not np.asarray(kept.valid)[2:].all() and not np.asarray(wanted.valid)[:2].all()
+        assert kept.level is None or not np.asarray(kept.level)[:2].any()
+
+
 def test_below_one_over_k_each_token_keeps_a_pair():
     table = fakes.random_table(np.random.default_rng(0), 200, 4, 16, decimals=1)
     even = dataclasses.replace(table, score=jnp.full_like(table.score, 0.3))  # the hardest: all equal

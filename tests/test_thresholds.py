@@ -148,7 +148,7 @@ def test_what_cannot_be_asked():
         thresholds.solve(table, 1.5, RULES["1T"])
     with pytest.raises(ConfigError, match="spread='all'"):
         thresholds.solve(table, 0.5, RULES["1T"], "all")  # ty: ignore[invalid-argument-type]
-    with pytest.raises(FloatingPointError, match="layer 1"):
+    with pytest.raises(FloatingPointError, match="layer 2 of 2"):
         ScoreTable(2).add(np.array([[0.5], [np.nan]]), np.ones((2, 1)), 1)
     with pytest.raises(ConfigError, match="there is none"):
         thresholds.collect(lambda *a: (), None, None, [], put_batch)  # ty: ignore[invalid-argument-type]
@@ -379,6 +379,7 @@ BAD = {
     ("--drop_rate=0.2", "--split=test"): r"--split=test: results are reported on that text.*--split=valid",
     ("--drop_rate=0.2", "--quality=0.1"): "give one of",
     (): "no target: give one of",
+    ("--drop_rate=nan",): "drop_rate=nan: a share of the routed work",
     ("--output=x",): "no target",
     ("--curve=curve.jsonl", "--output=x"): "--output needs a target",
     ("--drop_rate=0.2", "--one_threshold", "--gap=0.02"): "leave --gap and --major out",

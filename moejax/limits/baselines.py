@@ -34,7 +34,8 @@ class EfficientSkip:
         del ctx
         require_rows_of_tokens(routing)
         score = jax.lax.stop_gradient(routing.score)
-        stays = (score >= of_layer(self.beta) * best_score(routing)[:, None]) | ~computing(routing)
+        skipped = score < of_layer(self.beta) * best_score(routing)[:, None]  # NaN is not: it must not be hidden
+        stays = ~skipped | ~computing(routing)
         kept = dataclasses.replace(routing, valid=routing.valid & stays)
         return share_lost_weight(routing, kept) if self.renormalise else kept
 

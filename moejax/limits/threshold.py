@@ -26,10 +26,11 @@ STEPS = 64
 
 def normalised(routing: Routing) -> Float[Array, "R K"]:
     """Each pair's share of its token's scores, over the pairs that are valid: what thresholds are compared with
-    (section 3.2 of the paper). 0 for pairs that are not valid, and where all scores of a token are 0."""
+    (section 3.2 of the paper). 0 for pairs that are not valid, and where all scores of a token are 0; NaN for all of a
+    token with a score that is NaN."""
     score = jax.lax.stop_gradient(jnp.where(routing.valid, routing.score, 0.0))
     whole = sum_of_token(routing, score)
-    return score / jnp.where(whole > 0, whole, 1.0)[:, None]
+    return score / jnp.where(whole == 0, 1.0, whole)[:, None]
 
 
 @pytree
@@ -42,7 +43,8 @@ class ThresholdDrop:
 
     Kept pairs keep the gate weight that the router gave them: n_j decides, and nothing is renormalised. A threshold of
     0 or less drops nothing, also where a score has underflowed to 0, and with T = 0 nothing is halved either. As the
-    largest n_j of a token is at least 1/K, T below 1/K leaves each token an expert.
+    largest n_j of a token is at least 1/K, T below 1/K leaves each token an expert. A token whose scores are NaN keeps
+    all its pairs, so that its output is NaN with the limit as without.
 
     What 2T-Drop halves stays valid with ``Routing.level = 1``: the layer computes the leading ``major`` neurons of the
     expert for it, so neurons should stand in order of importance (``experiments.reconstruct``).
@@ -145,7 +147,7 @@ class ThresholdDrop:
 
 
 def _above(share: Array, threshold: Array) -> Array:
-    return (share > threshold) | (threshold <= 0)
+    return ~(share <= threshold) | (threshold <= 0)  # NaN is above: a drop must not hide a broken router
 
 
 @dataclasses.dataclass(frozen=True)
