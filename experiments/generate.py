@@ -131,7 +131,7 @@ def stream(
     begin, end = max(0, len(ids) - CONTEXT), len(ids)
     tokens = decode.generate(
         model,
-        [start] * token_shards(),  # every device has a row
+        [start] * token_shards() * decode.virtual_ranks(model.config, limits),  # every rank has a row
         max_new_tokens,
         sampler=known,
         key=jax.random.key(seed),

@@ -110,12 +110,17 @@ def open_harness(
       options: further fields of `Harness`.
 
     Raises:
-      ConfigError: no checkpoint there, or its tokenizer is not what it was.
+      ConfigError: no checkpoint there, or its tokenizer is not what it was; steps limited on virtual ranks.
     """
     max_length = max_length or context_length(checkpoint)  # raises before minutes of reading
     model, config, meta = open_weights(checkpoint, compute_dtype=dtype)
     tokenizer = tokenizer_of(config.data, meta.get("data", {}), model.config.vocab_size)
     size, in_force = tokenizer.vocab_size, limits(model.config)
+    if limit_steps and (ranks := decode.virtual_ranks(model.config, in_force)) > 1:
+        raise ConfigError(
+            f"--limit_decode with model.moe.virtual_ranks={ranks} in the checkpoint: it would have to divide the rows "
+            "of every batch, and the last one has fewer; leave out --limit_decode, or set virtual_ranks=1"
+        )
     harness = Harness(
         score_fn(model, size, dropless=dropless, limits=in_force),
         generate_fn(model, size, in_force, limit_steps),

@@ -24,7 +24,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -235,7 +234,6 @@ def command(values: flags.FlagValues) -> int:
     if not Path("/proc/self/status").is_file():
         raise ConfigError("memory is read from /proc, which this system does not have: run it on Linux")
     meshes = {mesh: parse_mesh(mesh, MeshConfig(data=1)) for mesh in values.mesh}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the checkpoint is removed
     measure(values, {mesh: m.data * m.expert * m.model for mesh, m in meshes.items()}, session.say)
     return 0
 

@@ -27,7 +27,7 @@ from moejax import derived, importance, limits, pretrained, validate
 from moejax.config import ConfigError, ExperimentConfig
 from moejax.data import Batch, eval_batches, load_corpus
 from moejax.importance import Importance
-from moejax.limits.threshold import BLOCK, ROUNDED
+from moejax.limits.pieces import BLOCK, ROUNDED
 from moejax.model import moe_layer_ids
 from moejax.neurons import METRICS
 from moejax.partition import reconstruct

@@ -25,6 +25,7 @@ from absl import flags
 from experiments import session
 from moejax import replay, trace
 from moejax.config import ConfigError, ExperimentConfig, MoEConfig
+from moejax.interrupt import exit_code
 from moejax.limits import of_config
 from moejax.types import Routing
 
@@ -236,9 +237,9 @@ def command(values: flags.FlagValues) -> int:
                     agrees = agrees and differ == 0
                 if file is not None:
                     session.say(f"decisions in {file}")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             session.say("interrupted: files of finished settings stay, the one in progress is not written")
-            return 130
+            return exit_code(error)
     return 0 if agrees else 1
 
 

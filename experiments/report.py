@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import app, flags
 
 from moejax.report import build_report, results_markdown
+from moejax.report.load import check_workdir
 from moejax.results import scan_rows, write_atomically
 
 _WORKDIR = flags.DEFINE_multi_string("workdir", [], "Folder of a run or a sweep; may be given several times.")
@@ -30,7 +31,9 @@ def main(argv: list[str]) -> None:
         if _FORMAT.value == "html":
             print(build_report(_WORKDIR.value, _OUTPUT.value, files))
             return
-        files += [str(Path(folder) / "results.jsonl") for folder in _WORKDIR.value]
+        for folder in map(Path, _WORKDIR.value):
+            check_workdir(folder)
+            files.append(str(folder / "results.jsonl"))
         for file in files:
             if not Path(file).exists():
                 raise FileNotFoundError(f"{file}: no such results file")

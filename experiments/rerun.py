@@ -16,6 +16,7 @@ from absl import flags
 
 from experiments import session
 from moejax.config import ConfigError
+from moejax.interrupt import TERMINATED
 from moejax.report.blocks import significant
 from moejax.report.compare import flat
 from moejax.results import ResultRow, environment_facts, scan_rows, write_atomically
@@ -167,7 +168,7 @@ def rerun(row_id: str, files: Sequence[str], workdir: str | None, programs: Prog
     """Runs the row's command again and compares; ``dry_run``: shows its plan.
 
     Returns:
-      0: agrees; 1: disagrees; 2: cannot be measured again here, and why is said; 130: stopped by Ctrl-C.
+      0: agrees; 1: disagrees; 2: cannot be measured again here, and why is said; 130, 143: stopped by Ctrl-C, SIGTERM.
 
     Raises:
       ConfigError: no such row or file, or a workdir that cannot be used.
@@ -205,9 +206,9 @@ def _measure(row: ResultRow, path: Path, words: Sequence[str], folder: Path, pro
     own = arguments(words, folder)
     with _as_typed(words[2], own):
         code = programs[words[2]](own)
-    if code == STOPPED:
+    if code in (STOPPED, TERMINATED):
         session.say("stopped: the same command continues, if --workdir=DIR names its folder")
-        return STOPPED
+        return code
     new = _matching(row, scan_rows(folder / "results.jsonl")[0])
     if new is None:
         done = f"its command ended with exit code {code}" if code else "its command does not make this row any more"

@@ -28,7 +28,7 @@ from moejax import checkpoint, count, dispatch, limits, plan, pretrained, routin
 from moejax.config import ConfigError, ExperimentConfig, MeshConfig, config_hash, from_mapping, to_dict
 from moejax.data import Corpus
 from moejax.experts import GATED
-from moejax.interrupt import EXIT_CODE
+from moejax.interrupt import exit_code, outlast_collections, terminate
 from moejax.plan import parse_mesh, sizes
 from moejax.results import ResultsError, environment_facts, write_atomically
 
@@ -73,10 +73,13 @@ def launch(define: Define, command: Command) -> None:
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # imports are over: see experiments/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, terminate)
+        outlast_collections()
         define(flags.FLAGS, None)
         app.run(lambda argv: sys.exit(guarded(lambda: command(flags.FLAGS))), flags_parser=parser)
-    except KeyboardInterrupt:  # also a second one, while the first is dealt with
-        sys.exit(interrupted())
+    except KeyboardInterrupt as error:  # also a second one, while the first is dealt with
+        sys.exit(interrupted(error))
 
 
 def call(define: Define, command: Command, arguments: Sequence[str]) -> int:
@@ -92,7 +95,7 @@ def call(define: Define, command: Command, arguments: Sequence[str]) -> int:
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """Exit code of ``action``; an error that a user can mend is printed and gives 2, Ctrl-C 130."""
+    """Exit code of ``action``; an error that a user can mend is printed and gives 2, Ctrl-C 130, SIGTERM 143."""
     try:
         return action() or 0
     except (ConfigError, ResultsError, FloatingPointError) as error:
@@ -108,23 +111,23 @@ def guarded(action: Callable[[], int | None]) -> int:
             flush=True,
         )
         return 2
-    except KeyboardInterrupt:
-        return interrupted()
+    except KeyboardInterrupt as error:
+        return interrupted(error)
 
 
-def interrupted() -> int:
+def interrupted(error: KeyboardInterrupt) -> int:
     """Says so, and returns the exit code."""
     print("interrupted: what was finished is kept; the same command goes on", file=sys.stderr, flush=True)
-    return EXIT_CODE
+    return exit_code(error)
 
 
 def all_or_nothing(action: Callable[[], int]) -> int:
-    """Exit code of ``action``, which writes at its end alone: Ctrl-C says that nothing was written."""
+    """Exit code of ``action``, which writes at its end alone: Ctrl-C and SIGTERM say that nothing was written."""
     try:
         return action()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         say("interrupted: nothing was written")
-        return EXIT_CODE
+        return exit_code(error)
 
 
 def define_config_flag(

@@ -20,6 +20,7 @@ from rich.table import Column
 
 from experiments.sweep_points import Point
 from moejax.config import ConfigError, config_hash
+from moejax.interrupt import TERMINATED
 from moejax.report.sweeps import LEDGER
 from moejax.results import write_atomically
 
@@ -226,7 +227,7 @@ class Runner:
         if code == 0:
             self.ledger.set(point, "finished", **fields)
             self._note(f"[{self._place(point)}] {point.name}: finished in {seconds:,.0f} s")
-        elif asked or code == STOPPED:
+        elif asked or code in (STOPPED, TERMINATED):
             self.ledger.set(point, "stopped", **fields)
             self._note(f"[{self._place(point)}] {point.name}: stopped; the same command continues it")
         else:

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from moejax import routing
+from moejax.config import ConfigError, ModelConfig
+from moejax.dispatch import token_shards
 from moejax.model import Cache, Decoder
 from moejax.types import Limit
 
@@ -112,6 +115,20 @@ def _drawn(sampler: Sampler, logits: Float[Array, "B V"], key: PRNGKeyArray) -> 
     return jnp.where(jnp.isnan(logits).any(axis=-1), BROKEN, sampler(logits, key))
 
 
+def virtual_ranks(config: ModelConfig, limits: tuple[Limit, ...]) -> int:
+    """Ranks that the tokens of a device are split into: those of the config where something sees them, else 1."""
+    return config.moe.virtual_ranks if limits or not routing.FAMILIES[config.moe.router.name].causal else 1
+
+
+def _check_ranks(config: ModelConfig, limits: tuple[Limit, ...], tokens: int, what: str) -> None:
+    ranks = virtual_ranks(config, limits)
+    if tokens % ranks:
+        raise ConfigError(
+            f"model.moe.virtual_ranks={ranks} does not divide the {tokens} tokens of {what} on a device: generate for "
+            f"a multiple of {ranks} prompts, so that each rank has rows of its own, or set virtual_ranks=1"
+        )
+
+
 def generate(
     model: Decoder,
     prompts: list[np.ndarray],
@@ -137,13 +154,15 @@ def generate(
 
     ``limits`` act on the prompts, real tokens only, whatever the config's own; with ``limit_steps`` also on the tokens
     of each decoding step. There they want a rounding that leaves a few tokens something (``docs/limits.md``), and no
-    draw at random. Rows that have ended are no tokens of a step.
+    draw at random. Rows that have ended are no tokens of a step. With ``virtual_ranks`` in the config each rank limits
+    its own rows, one after the other, where the ranks divide them; else their borders cut prompts, padding included.
 
     ``ended`` tells which rows have: it is written here, and may be by the caller, for what else ends a row, say a stop
     string. That counts from the next program on: with ``at_a_time=1`` from the next token on.
 
     Raises:
       ValueError: an empty prompt, or ``at_a_time`` below 1.
+      ConfigError: virtual ranks do not divide the tokens of the prompts, or of a step that they see.
       FloatingPointError: the model gave NaN.
     """
     if at_a_time < 1:
@@ -157,6 +176,9 @@ def generate(
     places = longest + max_new_tokens  # LongRoPE chooses by them: the same on every device
     if jax.default_backend() == "gpu":
         longest += -longest % FUSED_LENGTH
+    rows = max(1, len(prompts) // token_shards())
+    _check_ranks(model.config, limits, rows * longest, "the prompts")
+    _check_ranks(model.config, limits if limit_steps else (), rows, "a decoding step")
     tokens, lengths = np.zeros((len(prompts), longest), np.int32), np.asarray([len(p) for p in prompts], np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt

@@ -1,17 +1,51 @@
 """Ctrl-C and SIGTERM: the first asks the loop to stop, the second ends the process at once."""
 
 import contextlib
+import gc
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODE = 130
 """What a shell shows for a command that Ctrl-C ended."""
+TERMINATED = 143
+"""And for one that SIGTERM ended, as ``timeout`` and batch systems send it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised as Ctrl-C is, so that what is half-written is removed just so."""
+
+
+def terminate(number: int, frame: object) -> NoReturn:
+    """The handler that raises it."""
+    raise Terminated
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """Of a command that ``error`` ended."""
+    return TERMINATED if isinstance(error, Terminated) else EXIT_CODE
+
+
+def outlast_collections() -> None:
+    """Sends a signal once more that came while JAX collected its garbage: it does so in a callback of Python's
+    collector, and what such a callback raises is printed and forgotten."""
+    gc.callbacks[:] = [_outlasting(c) if c.__name__ == "_xla_gc_callback" else c for c in gc.callbacks]
+
+
+def _outlasting(callback: Callable) -> Callable:
+    def run(*arguments: Any) -> None:
+        try:
+            callback(*arguments)
+        except KeyboardInterrupt as error:
+            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+    return run
 
 
 class Interrupt:
@@ -69,24 +103,27 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def noted() -> Generator[list[int]]:
-    """The Ctrl-C that came meanwhile: for calls into code that turns a KeyboardInterrupt into another error, or into
-    none. It is raised as ever; where Ctrl-C has a handler of its own, or in another thread, nothing is noted."""
-    came: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield came
-        return
+def noted() -> Generator[list[type[KeyboardInterrupt]]]:
+    """The Ctrl-C and SIGTERM that came meanwhile: for calls into code that turns a KeyboardInterrupt into another
+    error, or into none. They are raised as ever; where a signal has a handler of its own, or in another thread, nothing
+    is noted."""
+    came: list[type[KeyboardInterrupt]] = []
+    raising = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: handler for number, handler in raising.items() if signal.getsignal(number) is handler}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
 
     def handle(number: int, frame: Any) -> None:
-        came.append(number)
-        signal.default_int_handler(number, frame)
+        came.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise came[-1]
 
-    signal.signal(signal.SIGINT, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_at_once() -> None:

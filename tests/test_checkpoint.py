@@ -29,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from moejax import checkpoint
 from moejax.checkpoint import Checkpoints, checksums, load_model, locate, reading, store
 from moejax.config import ConfigError, MeshConfig, RouterConfig, to_dict
+from moejax.interrupt import Terminated, terminate
 from moejax.model import Decoder
 from moejax.sharding import make_mesh
 from moejax.train import Trainer
@@ -311,36 +312,44 @@ def test_the_array_and_an_undamaged_checkpoint_are_named(made: Trainer, copy: Pa
         checkpoint.read_all(folder)
 
 
-def swallowed(*args: Any) -> Any:
+def swallowed(number: int, *args: Any) -> Any:
     """Ctrl-C as Orbax takes it in its metadata: for a file that is not there."""
     with contextlib.suppress(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
     return types.SimpleNamespace(metadata=None)
 
 
-def turned(*args: Any) -> Any:
+def turned(number: int, *args: Any) -> Any:
     """And in its arrays: as an error of its own."""
     try:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
     except KeyboardInterrupt as error:
         raise ValueError("Failed to load checkpointable: arrays") from error
 
 
+@pytest.mark.parametrize(
+    ("number", "handler", "raised"),
+    [(signal.SIGINT, signal.default_int_handler, KeyboardInterrupt), (signal.SIGTERM, terminate, Terminated)],
+    ids=["ctrl_c", "sigterm"],
+)
 @pytest.mark.parametrize(("name", "orbax"), [("metadata", swallowed), ("load_checkpointables", turned)])
-def test_ctrl_c_while_a_checkpoint_is_read_is_no_damage(copy: Path, monkeypatch: pytest.MonkeyPatch, name, orbax):
-    monkeypatch.setattr(ocp, name, orbax)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, name: str, orbax: Any, number: int, handler: Any, raised: Any
+):
+    monkeypatch.setattr(ocp, name, functools.partial(orbax, number))
+    before = signal.signal(number, handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as came:
             checkpoint.read_all(copy / "checkpoints" / "4")
-        with pytest.raises(KeyboardInterrupt), reading._reading(copy):
-            swallowed()  # and all went on
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has another handler: an error is an error
+        assert came.type is raised
+        with pytest.raises(raised), reading._reading(copy):
+            swallowed(number)  # and all went on
+        assert signal.getsignal(number) is handler
+        signal.signal(number, signal.SIG_IGN)  # it has another handler: an error is an error
         with pytest.raises(ConfigError, match=r"checkpoint .*/copy/checkpoints/4 .*damaged.*delete this folder"):
             checkpoint.read_all(copy / "checkpoints" / "4")
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def rewrite(folder: Path, change: Callable[[dict], Any], stamp: bool = True) -> None:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from moejax import decode
+from moejax.config import ConfigError
 from moejax.decode import generate, greedy, sampled
 from moejax.limits import token_drop
 from tests import moe_fakes as fakes
@@ -116,13 +117,15 @@ def test_generation_stops_when_every_row_has_met_the_stop_token():
             assert run(stop_id=stop, at_a_time=at_a_time) == until
 
 
+def middle(logits, key):
+    """What is likeliest may stay so without an expert."""
+    return jnp.argsort(logits, axis=-1)[:, logits.shape[1] // 2]
+
+
 def test_rows_that_have_ended_are_no_tokens_of_a_limited_step():
     """Two rows choose an expert that one of them may have: alone, each has it."""
     built, steps = model(), 4
     limits = (token_drop(1.0, rounding="at_least_one"),)
-
-    def middle(logits, key):  # what is likeliest may stay so without an expert
-        return jnp.argsort(logits, axis=-1)[:, logits.shape[1] // 2]
 
     def go_on(rows, ended):
         prompts = [PROMPTS[1]] * rows
@@ -227,3 +230,32 @@ def test_calls_that_cannot_work_are_refused():
         with pytest.raises(ValueError, match=r"temperature=.*use greedy"):
             sampled(temperature)
     np.testing.assert_array_equal(greedy(jnp.asarray([[0.0, 2.0, 1.0]]), jax.random.key(0)), [1])
+
+
+@functools.cache
+def on_ranks(ranks):
+    return fakes.small_model(num_layers=1, tie_embeddings=False, moe={"virtual_ranks": ranks})
+
+
+LIMITED = {"limits": (token_drop(0.5, rounding="at_least_one"),), "limit_steps": True, "sampler": middle}
+
+
+def test_each_virtual_rank_limits_rows_of_its_own():
+    """Each row, in its prompt and in each step, keeps what it keeps alone."""
+
+    def made(ranks, prompts):
+        return np.asarray(list(generate(on_ranks(ranks), prompts, NEW, **LIMITED))).T.tolist()
+
+    prompts = [*PROMPTS, fakes.tokens(1, 6, seed=3)[0]]
+    alone = [made(1, [prompt])[0] for prompt in prompts]
+    assert made(4, prompts) == alone != made(1, prompts)
+
+
+def test_virtual_ranks_that_do_not_divide_the_tokens_are_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(decode, "prefill", lambda *args: pytest.fail("a prompt was computed"))
+    prompts, way_out = [fakes.tokens(1, 4)[0]] * 3, "on a device: generate for a multiple of 4 prompts, so that each"
+    with pytest.raises(ConfigError, match=f"virtual_ranks=4 does not divide the 3 tokens of a decoding step {way_out}"):
+        next(generate(on_ranks(4), prompts, NEW, **LIMITED))
+    odd = [prompt[:3] for prompt in prompts]
+    with pytest.raises(ConfigError, match=f"virtual_ranks=4 does not divide the 9 tokens of the prompts {way_out}"):
+        next(generate(on_ranks(4), odd, NEW, **LIMITED | {"limit_steps": False}))

@@ -131,6 +131,17 @@ def test_incomplete_folders(damage: Callable[[Path], Any], words: tuple[str, ...
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("family", SMALL)
+def test_a_number_beyond_any_model_is_refused_before_anything_is_made_of_it(family: str, tmp_path: Path) -> None:
+    """Lists of layers or experts would fill the memory; sizes of more than 64 bits overflow."""
+    for key, value in SMALL[family].items():
+        for huge in (10**9, 10**12, 10**30) if type(value) is int else ():
+            (tmp_path / "config.json").write_text(json.dumps(SMALL[family] | {key: huge}))
+            if huge > 10**9 or "layers" in key or key in ("num_experts", "num_local_experts", "n_routed_experts"):
+                with pytest.raises(ConfigError, match=f"config.json: .*({huge}|{huge:,})"):
+                    importers.read_config(tmp_path, mtp_layers=int(family == "deepseek_v3"))
+
+
 def test_which_folders_are_taken_for_hugging_face(tmp_path: Path) -> None:
     folder = small_folder(tmp_path / "model")
     assert importers.is_hugging_face(folder)

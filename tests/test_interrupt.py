@@ -60,3 +60,42 @@ def test_ctrl_c_while_a_command_is_imported_prints_no_traceback():
         code = f"import sys; sys.argv[0] = {first!r}\ntry:\n    {ask}\nexcept KeyboardInterrupt:\n    sys.exit(1)"
         made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert (made.returncode, made.stderr) == (status, "")
+
+
+COLLECTING = """
+import gc, signal, sys, time
+import jax
+from moejax import interrupt
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, interrupt.terminate)
+number = getattr(signal, sys.argv[1])
+(theirs,) = (c for c in gc.callbacks if c.__name__ == "_xla_gc_callback")
+
+def _xla_gc_callback(*arguments):
+    global number
+    theirs(*arguments)
+    if number is not None:
+        came, number = number, None
+        signal.raise_signal(came)
+
+gc.callbacks[gc.callbacks.index(theirs)] = _xla_gc_callback
+if sys.argv[2] == "heard":
+    interrupt.outlast_collections()
+try:
+    gc.collect()
+    time.sleep(2.0)
+    print("not heard")
+except KeyboardInterrupt as error:
+    print(interrupt.exit_code(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "how", "heard"),
+    [("SIGINT", "heard", "130"), ("SIGTERM", "heard", "143"), ("SIGINT", "as it is", "not heard")],
+)
+def test_a_signal_that_comes_while_jax_collects_garbage_is_heard(number, how, heard):
+    """The last case says why it is needed: were it heard without, this could go."""
+    done = subprocess.run([sys.executable, "-c", COLLECTING, number, how], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == heard, done.stderr

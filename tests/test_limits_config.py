@@ -150,10 +150,10 @@ def test_generation_limits_prompts_and_steps_only_where_asked(monkeypatch: pytes
 
     monkeypatch.setattr(decode, "prefill", prefill)
     monkeypatch.setattr(decode, "extend", extend)
-    some = (limits.token_drop(1.0, rounding="at_least_one"),)
+    some, built = (limits.token_drop(1.0, rounding="at_least_one"),), fakes.small_model(num_layers=1)
     for given, steps, expected in (((), False, ()), (some, False, ()), (some, True, some)):
         calls.clear()
-        assert len(list(decode.generate(None, [np.asarray([1])], 3, limits=given, limit_steps=steps))) == 3  # ty: ignore[invalid-argument-type]
+        assert len(list(decode.generate(built, [np.asarray([1])], 3, limits=given, limit_steps=steps))) == 3
         assert calls == [("prompt", given), ("steps", expected)]
 
 

@@ -37,6 +37,7 @@ from moejax.data import load_tokenizer
 from moejax.evaluate import harness as definitions
 from moejax.evaluate.harness import Harness
 from moejax.model import Decoder, build
+from moejax.pretrained import _with_config
 from moejax.sharding import make_mesh
 from moejax.train import Trainer
 from tests.small import quick_compilation, small_config, small_model, start
@@ -171,6 +172,21 @@ def test_neither_batch_nor_order_nor_padding_changes_an_answer(harness: Harness)
     made = other.loglikelihood(requests[::-1])[::-1]
     np.testing.assert_allclose([v for v, _ in made], [v for v, _ in expected], rtol=1e-5, atol=1e-5)
     assert [greedy for _, greedy in made] == [greedy for _, greedy in expected]
+
+
+def test_limited_steps_on_virtual_ranks_are_refused_before_anything_is_asked(workdir: Path, monkeypatch: Any):
+    opened = program.open_weights
+
+    def on_ranks(*args: Any, **more: Any) -> tuple:
+        model, config, meta = opened(*args, **more)
+        moe = dataclasses.replace(model.config.moe, virtual_ranks=2)
+        return _with_config(model, dataclasses.replace(model.config, moe=moe)), config, meta
+
+    monkeypatch.setattr(program, "open_weights", on_ranks)
+    some = (limits.token_drop(1.0, rounding="at_least_one"),)
+    with pytest.raises(ConfigError, match=r"--limit_decode with model\.moe\.virtual_ranks=2 in the checkpoint"):
+        program.open_harness(workdir, limits=lambda model: some, limit_steps=True)
+    program.open_harness(workdir, limits=lambda model: some)
 
 
 def test_limits_count_only_where_asked_for(workdir: Path, harness: Harness):

@@ -15,8 +15,9 @@ from experiments import generate, logits, session
 from moejax.checkpoint import Checkpoints, load_model
 from moejax.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, from_mapping, to_dict
 from moejax.data import load_corpus, load_tokenizer
+from moejax.limits import expanded_drop
 from moejax.model import Decoder
-from moejax.pretrained import open_model
+from moejax.pretrained import _with_config, open_model
 from moejax.sharding import make_mesh
 from moejax.train import Trainer
 from tests.small import quick_compilation, small_config, small_model, start, write_texts
@@ -269,6 +270,30 @@ def test_a_text_on_several_devices_is_that_of_one(workdir: Path, model: Decoder)
     with jax.set_mesh(mesh):
         spread = open_model(workdir, mesh=mesh)[0]
         assert [made(spread, seed) for seed in range(4)] == alone
+
+
+def test_a_limited_text_on_virtual_ranks_is_that_of_real_ones(
+    workdir: Path, model: Decoder, monkeypatch: pytest.MonkeyPatch
+):
+    """On each rank a row of the text, in its prompt of three tokens and in its steps of one."""
+    # What is likeliest may stay so whatever the experts add.
+    monkeypatch.setattr(generate.decode, "greedy", lambda logits, key: jnp.argsort(logits)[:, logits.shape[1] // 2])
+    tokenizer, limits = load_tokenizer("byte"), (expanded_drop(1.0, rounding="at_least_one"),)
+
+    def made(model: Decoder, steps: bool = True, **moe: Any) -> list[int]:
+        ids: list[int] = []
+        config = dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, **moe))
+        built = _with_config(model, config)
+        list(generate.stream(built, tokenizer, "ab", 20, made=ids, limits=limits, limit_steps=steps))
+        return ids
+
+    mesh = make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        spread = open_model(workdir, mesh=mesh)[0]
+        real = {steps: made(spread, steps, dispatcher="ep") for steps in (False, True)}
+    for steps in (False, True):
+        assert made(model, steps, virtual_ranks=2) == real[steps]
+    assert made(model) != real[True]  # one rank, which hosts all experts
 
 
 def test_a_text_beyond_what_the_model_was_made_for_is_pointed_out(

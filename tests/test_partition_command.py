@@ -4,6 +4,8 @@ refused. The numbers are held by ``test_partition.py``."""
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.small import execute, small_config, small_model, start
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
+ROOT = Path(__file__).resolve().parent.parent
 STEP = 7
 ROUTER = RouterConfig(name="softmax_bias", bias=True, renormalise=False)
 MODEL = small_model(ROUTER, expert_bias=True, shared_experts=1, losses=(), first_dense=0, every=1)
@@ -277,6 +280,31 @@ def test_an_end_midway_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(checkpoint.Checkpoints, "close", close)
     arguments = (f"--checkpoint={run}", "--form=partial", "--parts=2", f"--output={tmp_path / 'out'}")
     assert command(*arguments) == (130 if error is KeyboardInterrupt else 2)
+    assert not list(tmp_path.iterdir())
+
+
+MIDWAY = """
+import os, signal
+from experiments import partition, session
+from moejax import checkpoint
+
+whole = checkpoint.Checkpoints.close
+
+def close(self):
+    checkpoint.Checkpoints.close = whole
+    os.kill(os.getpid(), signal.SIGTERM)
+
+checkpoint.Checkpoints.close = close
+session.launch(partition.define_flags, partition.command)
+"""
+
+
+def test_sigterm_midway_leaves_nothing_either(run: Path, tmp_path: Path):
+    arguments = (f"--checkpoint={run}", "--form=partial", "--parts=2", f"--output={tmp_path / 'out'}")
+    call = [sys.executable, "-c", MIDWAY, *arguments]
+    made = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 143, made.stderr
+    assert made.stderr == "interrupted: what was finished is kept; the same command goes on\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -379,7 +379,8 @@ def test_everything_is_escaped(tmp_path):
 # --- incomplete ----------------------------------------
 
 
-def test_empty_workdir_names_what_is_missing(tmp_path):
+def test_a_workdir_that_has_just_begun_names_what_is_missing(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     page = parse(build_report([tmp_path]))
     assert page.labels == []
     for absent in (
@@ -527,6 +528,7 @@ def test_runs_beside_each_other_show_the_fields_that_differ(complete, tmp_path):
     (same,) = fields(complete, complete)
     assert same.items == ["The runs have the same config."]
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "env.json").write_text("{}")
     assert fields(complete, tmp_path / "empty", other)[1].items == ["No config.json: empty."]
 
 
@@ -615,6 +617,19 @@ def test_results_files_have_a_report(complete, tmp_path):
         build_report([], None, [file])
     with pytest.raises(FileNotFoundError, match="no such file"):
         build_report([], tmp_path / "r.html", [tmp_path / "none.jsonl"])
+
+
+@pytest.mark.parametrize("form", ["html", "markdown"])
+def test_a_folder_that_is_no_workdir_is_refused(tmp_path, form):
+    other, runs = tmp_path / "weights", tmp_path / "runs"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "olmoe", "hidden_size": 64}')  # of a Hugging Face folder
+    make_workdir(runs / "one")
+    for folder, below in ((other, ""), (runs, f"Below it are {runs / 'one'}")):
+        done = command(f"--workdir={folder}", f"--format={form}")
+        assert done.returncode == 1 and done.stdout == "" and not (folder / "report.html").exists()
+        assert f"error: --workdir={folder}: is no workdir" in done.stderr and below in done.stderr
+        assert "has no config.json, env.json, metrics.jsonl, results.jsonl or sweep.json of one" in done.stderr
 
 
 def command(*arguments):

@@ -442,3 +442,17 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
         routing.family(router_config(groups=3), EXPERTS, zero_experts=2)
     with pytest.raises(ValueError, match=r"settings=\['sinks'\] must be among"):
         routing.register("new", settings=("sinks",))(routing.switch)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_router_that_is_nan_is_not_hidden(name, sign):
+    """A NaN of either sign for one expert, in all tokens: each token that has an expert has that one, or all are NaN."""
+    config = router_config(name)
+    layer = fakes.small_layer(config, implementation="ref")
+    for key, array in layer.router.arrays.items():
+        if array[...].ndim == 2 and array[...].shape[1] >= EXPERTS:
+            layer.router.arrays[key][...] = array[...].at[:, 1].set(jnp.copysign(jnp.nan, sign))
+    y, _ = layer(jnp.asarray(hidden())[None], context(np.ones(T, bool)[None]))
+    broken = np.isnan(np.asarray(y)).all(axis=-1)
+    assert broken.any() if name in NONCAUSAL else broken.all()

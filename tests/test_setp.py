@@ -301,6 +301,7 @@ HALVED = "threshold_drop:threshold=0.1,gap=0.01"
         ({"capacity_limits": (f"{HALVED},form=split",)}, "form='split' halves whole experts"),
         ({"capacity_limits": (f"{HALVED},load_aware=water,ranks=2",)}, "unequal loads"),
         ({"capacity_limits": (HALVED, "threshold_drop:threshold=0.1,load_aware=paper,ranks=2")}, "unequal loads"),
+        ({"capacity_limits": (HALVED, "measured_budget:ranks=2")}, "or leave out gap or measured_budget"),
     ],
 )
 def test_what_does_not_go_with_parts_apart_is_refused(changes: dict[str, Any], said: str):

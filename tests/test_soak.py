@@ -168,10 +168,10 @@ def kill_once(server: Server, workdir: Path, dice: random.Random, aim: str, leng
     what = f"{aim}, {signal.Signals(number).name}{' twice' if twice else ''}"
     expected = {
         signal.SIGKILL: (-signal.SIGKILL,),
-        # Before and after the training nothing catches a signal, and a second Ctrl-C may come when the first has ended
-        # the command: while Python leaves, it ends the process by itself.
+        # A signal may come before the command catches any, and a second one when the first has ended the command:
+        # while Python leaves, it ends the process by itself.
         signal.SIGINT: (130, -signal.SIGINT),
-        signal.SIGTERM: (130, -signal.SIGTERM),
+        signal.SIGTERM: (130, 143, -signal.SIGTERM),
     }[signal.Signals(number)]
     if status == 0:  # it was asked at its very last step, or was done
         return what, None

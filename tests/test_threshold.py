@@ -314,6 +314,26 @@ def test_thresholds_by_load_count_what_was_halved_before_as_the_work_that_is_lef
     )
 
 
+@pytest.mark.parametrize(("major", "part"), [(0, 0.5), (30, 0.75)])
+def test_a_measured_budget_counts_what_was_halved_as_the_work_that_is_left(major: int, part: float):
+    """From the slowest device go the lowest scores until its work is that of the second-slowest; none more."""
+    ctx = RouteContext(expert_dim=40)
+    for seed in range(4):
+        table, _, device = shares_and_devices(np.random.default_rng(seed), 0.2, 0.04)
+        first = limits.threshold_drop(0.22, gap=0.04, major=major)(table, ctx)
+        done = np.where(np.asarray(first.level) == 1, part, 1.0) * np.asarray(first.valid)
+        before = np.bincount(device.ravel(), done.ravel(), minlength=4)
+        slowest, most, spent = before.argmax(), np.sort(before)[-2], 0.0
+        expected, score = np.asarray(first.valid).copy(), np.asarray(first.score)
+        for r, k in sorted(np.argwhere(expected & (device == slowest)).tolist(), key=lambda p: -score[*p]):
+            spent += done[r, k]
+            expected[r, k] = spent <= most
+        kept = limits.measured_budget(ranks=4)(first, ctx)
+        np.testing.assert_array_equal(kept.valid, expected)
+        np.testing.assert_array_equal(kept.level, first.level)
+        assert most - 1 < (done * expected)[device == slowest].sum() <= most < before[slowest]
+
+
 def test_water_filling_is_not_misled_by_rounding():
     """With 256 of 300 neurons major, 9 - 3 x 44/300 - 3 x 256/300 is 6 and a bit in float32: more than the target."""
     low, high = [((1, 2), (0.1, 0.9))] * 3 + [((1, 2), (0.2, 0.8))], [((0, 1), (0.5, 0.5))] * 5 + [((0, 2), (0.5, 0.5))]

@@ -87,8 +87,8 @@ def combine_rows(
     """out[t] = sum over k of weight[t, k] * ys[row_of_pair[t, k]], in float32 and in the order of k.
 
     A row out of bounds counts as zeros, so that its weight must be finite; rows that nobody names may hold anything.
-    Differentiable in ys and weight (reverse mode), by scatter-adds. Where the inverse of the table is known, a
-    `custom_vjp` that gathers by it is faster.
+    Differentiable in ys and weight (reverse mode), by scatter-adds in float32, rounded once. Where the inverse of the
+    table is known, a `custom_vjp` that gathers by it is faster.
 
     Args:
         ys: rows to sum.

@@ -37,9 +37,26 @@ def combine_rows(
     ys: Float[Array, "R D"], row_of_pair: Int[Array, "T K"], weight: Float[Array, "T K"]
 ) -> Float[Array, "T D"]:
     """See `api.combine_rows`."""
+    return _combine(ys, weight, row_of_pair)
+
+
+def _sum(ys: Array, weight: Array, row_of_pair: Array) -> Float[Array, "T D"]:
     # Unrolled over K: no [T, K, D] temporary (see the measurements behind it in docs/architecture.md).
     total = jnp.zeros_like(ys, jnp.float32, shape=(weight.shape[0], ys.shape[1]))
     for k in range(weight.shape[1]):
         rows = gather_rows(ys, row_of_pair[:, k]).astype(jnp.float32)
         total = total + weight[:, k, None].astype(jnp.float32) * rows
-    return total.astype(ys.dtype)
+    return total
+
+
+@jax.custom_jvp
+def _combine(ys: Array, weight: Array, row_of_pair: Array) -> Array:
+    return _sum(ys, weight, row_of_pair).astype(ys.dtype)
+
+
+@_combine.defjvp
+def _combine_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    # As in _gather_jvp: the transpose adds up the K parts of a row's cotangent before it is rounded.
+    (ys, weight, row_of_pair), (dys, dweight, _) = primals, tangents
+    wide = dys.astype(accumulator(ys.dtype))
+    return _combine(*primals), (_sum(wide, weight, row_of_pair) + _sum(ys, dweight, row_of_pair)).astype(ys.dtype)

@@ -235,7 +235,7 @@ def locate(path: str | Path) -> Path:
 def _reading(folder: Path) -> Generator[None]:
     """Orbax raises errors of many kinds, few of which name the checkpoint; all become one that does.
 
-    It also takes a KeyboardInterrupt for a file that cannot be read: Ctrl-C must not look like damage."""
+    It also takes a KeyboardInterrupt for a file that cannot be read: Ctrl-C and SIGTERM must not look like damage."""
     quieten()
     shown = sys.unraisablehook
     # after an error it closes the event loop that its reads still want to report to
@@ -245,14 +245,14 @@ def _reading(folder: Path) -> Generator[None]:
             yield
         except Exception as error:
             if came:
-                raise KeyboardInterrupt from error
+                raise came[0] from error
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"checkpoint {folder} {_what(error)}. {_way_out(folder)}") from error
         finally:
             sys.unraisablehook = shown
         if came:  # and it went on
-            raise KeyboardInterrupt
+            raise came[0]
 
 
 def _what(error: Exception) -> str:

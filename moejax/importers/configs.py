@@ -11,7 +11,7 @@ from typing import Any
 
 from moejax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig, RouterConfig
 from moejax.importers import later_families
-from moejax.importers.keys import Keys
+from moejax.importers.keys import MOST_EXPERTS, Keys
 from moejax.importers.rope import note_length, read_rope
 from moejax.model import moe_layer_ids
 
@@ -39,6 +39,11 @@ def read_config(raw: Mapping[str, Any], path: Path, mtp_layers: int = 0) -> Mode
         raise keys.refuse("architectures", "only language models (...ForCausalLM) are read")
     keys.only("hidden_act", ("silu", "swish"), "another activation in moejax/experts.py")
     made = READERS[family](keys)
+    if made.num_layers * made.moe.num_experts > MOST_EXPERTS:
+        raise ConfigError(
+            f"{path}: {made.moe.num_experts:,} experts in each of {made.num_layers:,} layers are beyond any model that "
+            f"can be read, at most {MOST_EXPERTS:,} in all"
+        )
     note_length(keys, made.attention.rope)
     if mtp_layers:
         made = dataclasses.replace(made, mtp_layers=_modules(keys, family, made, mtp_layers))

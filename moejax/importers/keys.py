@@ -51,6 +51,12 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
 }
 """Keys of every model that must have one of these values."""
+MOST = 2**31 - 1
+"""Of a size, and of any other whole number: more than an array here has along an axis."""
+MOST_LAYERS, MOST_EXPERTS = 1_000, 1_000_000
+"""Of a model, experts of all layers together: far above any published one. A list is made of each of them, so a damaged
+number would fill the memory."""
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "num_nextn_predict_layers")
 _REQUIRED = object()
 _NAMES: dict[type, str] = {
     int: "a whole number",
@@ -102,6 +108,8 @@ class Keys:
             value = float(value)
         if type(value) is not kind:
             raise ConfigError(f"{self.path}: {name}={value!r}: expected {_NAMES[kind]}")
+        if kind is int and value > (most := MOST_LAYERS if name in LAYERS else MOST):
+            raise ConfigError(f"{self.path}: {name}={value}: is beyond any model that can be read, at most {most:,}")
         return value
 
     def only(self, name: str, values: Iterable[Any], need: str) -> None:

@@ -16,7 +16,7 @@ from moejax.limits.baselines import EfficientSkip, OpportunisticDrop, score_rati
 from moejax.limits.budget import DeviceBudget, MeasuredBudget
 from moejax.limits.drop import ExpertDrop, TokenDrop
 from moejax.limits.expand import ExpandedDrop, Reroute
-from moejax.limits.pieces import DropOrder, mean_load, rank_in_expert
+from moejax.limits.pieces import DropOrder, major_columns, mean_load, rank_in_expert
 from moejax.limits.registry import (
     BY_LAYER,
     LIMITS,
@@ -35,7 +35,7 @@ from moejax.limits.registry import (
     threshold_drop,
     token_drop,
 )
-from moejax.limits.threshold import Parting, ThresholdDrop, halving, major_columns, normalised
+from moejax.limits.threshold import Parting, ThresholdDrop, halving, normalised
 from moejax.routing import computing
 from moejax.types import Limit, RouteContext, Routing
 

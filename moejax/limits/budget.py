@@ -20,6 +20,7 @@ from moejax.limits.pieces import (
     capacity,
     hosted_experts,
     keep_best,
+    major_share,
     num_experts,
     of_layer,
     option,
@@ -32,7 +33,8 @@ from moejax.types import RouteContext, Routing, pytree, static
 class DeviceBudget:
     """Device-level capacity (2503.05066, Table 3): the pairs of a device's n_l experts are at most
     ``n_l * factor * t k / n`` of a rank's own, best by score, whichever expert they go to. With ``expanded`` the rank's
-    own experts are candidates too, as in :class:`ExpandedDrop` (the paper's Table 3)."""
+    own experts are candidates too, as in :class:`ExpandedDrop` (the paper's Table 3). Pairs are counted, as in
+    :class:`TokenDrop`: one that 2T-Drop halved is one, as it travels whole."""
 
     factor: Float[Array, "..."]
     """Capacity factor, as in :class:`TokenDrop`."""
@@ -67,8 +69,9 @@ class MeasuredBudget:
     """A budget from measured time instead of a factor: only what the slowest device needs beyond the second-slowest is
     dropped, lowest scores first. Dropping more anywhere saves no time as long as that one sets it.
 
-    Each rank keeps the same share of its own pairs of the slowest device. With ``loads="all"`` all ranks agree which
-    device that is; else each looks at the loads that its own tokens make.
+    Each rank keeps the same share of its own work on the slowest device, where a pair that 2T-Drop halved is what is
+    left of it. With ``loads="all"`` all ranks agree which device that is; else each looks at the loads that its own
+    tokens make.
     """
 
     seconds_per_row: Float[Array, "G"] | None = None
@@ -83,13 +86,18 @@ class MeasuredBudget:
         device, ranks = device_of(routing, ctx, self.ranks)
         if ranks == 1:
             return routing
-        rows = jnp.sum(loads_of(routing, ctx, self.loads).reshape(ranks, -1), axis=1)
+        major = major_share(ctx, routing.major)
+        rows = jnp.sum(loads_of(routing, ctx, self.loads, float(major)).reshape(ranks, -1), axis=1)
         cost = jnp.ones(ranks) if self.seconds_per_row is None else self.seconds_per_row
         (_, second), _ = jax.lax.top_k(rows * cost, 2)
         share = jnp.minimum(second / jnp.maximum(rows * cost, 1e-20), 1.0)  # 1 for all but the slowest
-        own = jnp.sum(jnp.where(device[..., None] == jnp.arange(ranks), routing.valid[..., None], False), axis=(0, 1))
+        work = None  # of each pair, as a whole number
+        if routing.level is not None:
+            work = jnp.where(routing.level == 1, major.numerator, major.denominator)
+        done = jnp.where(routing.valid, 1 if work is None else work, 0)
+        own = jnp.sum(jnp.where(device[..., None] == jnp.arange(ranks), done[..., None], 0), axis=(0, 1))
         quota = jnp.append(jnp.floor(own * share * (1 + SLACK)), jnp.inf)  # inf: zero-computation experts
-        kept = keep_best(routing, device, (routing.score,), lambda pairs: quota[device], ctx)
+        kept = keep_best(routing, device, (routing.score,), lambda pairs: quota[device], ctx, cost=work)
         return share_lost_weight(routing, kept) if self.renormalise else kept
 
 

@@ -120,12 +120,15 @@ class ExpertDrop:
         return dataclasses.replace(routing, valid=routing.valid & ~hit)
 
 
-def loads_of(routing: Routing, ctx: RouteContext, of: Loads = "rank") -> Float[Array, "E"]:
+def loads_of(routing: Routing, ctx: RouteContext, of: Loads = "rank", halved: float = 1.0) -> Float[Array, "E"]:
     """Pairs of each expert that computes: ``ctx.loads`` where they are given, else those of the rows in hand, or with
-    "all" of all ranks of expert parallelism."""
+    "all" of all ranks of expert parallelism. A pair that 2T-Drop halved counts as ``halved``."""
     experts = num_experts(routing)
     if ctx.loads is not None:
         return ctx.loads[:experts]
     expert = jnp.where(computing(routing), routing.expert, experts).reshape(-1)
     counts = count_by_expert(expert, experts).astype(jnp.float32)
+    if routing.level is not None and halved < 1:
+        minor = jnp.where(routing.level.reshape(-1) == 1, expert, experts)
+        counts = counts - (1 - halved) * count_by_expert(minor, experts)
     return over_ranks(counts, ctx) if of == "all" else counts

@@ -5,6 +5,7 @@ Letters: T tokens, E experts, R routing rows, K choices per row, P = R K pairs, 
 
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, Literal
 
 import jax
@@ -66,6 +67,18 @@ def ranked(
     return rank, size
 
 
+def spent(
+    group: Int[Array, "R K"], valid: Bool[Array, "R K"], priority: tuple[Array, ...], cost: Int[Array, "R K"]
+) -> Int[Array, "R K"]:
+    """What the valid pairs of a group cost together, from the one with the highest priority to this one."""
+    shape, cost = valid.shape, jnp.where(valid, cost, 0).reshape(-1)
+    key = jnp.where(valid, group, jnp.iinfo(jnp.int32).max).reshape(-1)
+    order = _sorted_by([key, *(jnp.broadcast_to(-p, shape).reshape(-1) for p in priority)])
+    pair, in_order, total = jnp.arange(valid.size), key[order], jnp.cumsum(cost[order])
+    before = jax.lax.cummax(jnp.where((pair == 0) | (in_order != jnp.roll(in_order, 1)), total - cost[order], 0))
+    return jnp.zeros_like(total).at[order].set(total - before, unique_indices=True).reshape(shape)
+
+
 def _sorted_by(keys: list[Array]) -> Int[Array, "P"]:
     """Positions in the order of the first key, then the second, ...; at last the earlier one goes first. One stable
     sort of (int32, position) for each key, the last key first: GPUs sort such pairs by radix, and more operands slowly.
@@ -101,6 +114,7 @@ def keep_best(
     scope: Scope = "rank",
     counted: Bool[Array, "R K"] | None = None,
     protected: Bool[Array, "R K"] | None = None,
+    cost: Int[Array, "R K"] | None = None,
 ) -> Routing:
     """Clears every pair that is not among the best of its group.
 
@@ -113,6 +127,7 @@ def keep_best(
       counted: the pairs that ``room`` is told of; None: all valid ones.
       protected: pairs that stay whatever the capacity. They take the first places; those beyond the capacity are
         counted in ``Routing.exceeded``.
+      cost: what each pair takes of the capacity, in the scope "rank"; None: one, however much of it is computed.
 
     Pairs of zero-computation experts cost nothing: they are neither counted nor cleared.
     """
@@ -129,7 +144,10 @@ def keep_best(
             request = request_of_row(routing, ctx)[:, None]
             rank, size = ranked((group, request), costs, (*first, *priority))
             priority = (-(rank + 0.5) / size, *priority)
-        rank, _ = ranked((group,), costs, (*first, *priority), routing.probs.shape[1])
+        if cost is None:
+            rank, _ = ranked((group,), costs, (*first, *priority), routing.probs.shape[1])
+        else:
+            rank = spent(group, costs, (*first, *priority), cost) - 1
         capacity = room(jnp.sum(counted))
     within = rank < capacity
     stays = within if protected is None else within | protected
@@ -240,6 +258,29 @@ def pairs_of_request(request: Int[Array, "R"], counted: Bool[Array, "R K"]) -> I
     """Counted pairs of each row's request."""
     of_row = jnp.sum(counted, axis=1, dtype=jnp.int32)
     return jnp.zeros_like(of_row).at[request].add(of_row)[request]
+
+
+# --- halved pairs ---------------------------------------------------------------------------------
+
+BLOCK = 64
+"""Columns that the kernels' extents count in (``kernels_pallas.grouped_matmul.groups.EXTENT_BLOCK``)."""
+ROUNDED = 256
+"""Width from which on half an expert is rounded up to whole blocks. A block is too large a part of a narrower one: its
+half is exact, by the form "split" where it is no whole block."""
+
+
+def major_columns(expert_dim: int, major: int = 0) -> int:
+    """Major neurons of an expert of width ``expert_dim``: ``major``, or for 0 half of it, rounded up to a multiple of
+    64 where it has 256 or more."""
+    if major:
+        return major
+    half = -(-expert_dim // 2)
+    return -(-half // BLOCK) * BLOCK if expert_dim >= ROUNDED else half
+
+
+def major_share(ctx: RouteContext, major: int) -> Fraction:
+    """Work of a halved pair in units of a whole one."""
+    return Fraction(major_columns(ctx.expert_dim, major), ctx.expert_dim) if ctx.expert_dim else Fraction(1, 2)
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -328,12 +328,12 @@ def check(limits: Iterable[Limit], config: MoEConfig, num_layers: int, *, causal
                     f"{name}: form={limit.form!r} halves whole experts, and with moe.part_order='part' a halved pair "
                     "leaves out parts, which lie on other ranks: leave form at 'auto', or choose moe.parts=1"
                 )
-            if halves and limit.load_aware != "none":
-                raise ConfigError(
-                    f"{name}: load_aware={limit.load_aware!r} where pairs are halved (gap), with "
-                    "moe.part_order='part': the ranks that share an expert would have unequal loads; choose "
-                    "moe.part_order='expert', or leave out gap or load_aware"
-                )
+        by_load = "load_aware" if getattr(limit, "load_aware", "none") != "none" else "measured_budget"
+        if halves and config.parts_apart and (by_load == "load_aware" or isinstance(limit, MeasuredBudget)):
+            raise ConfigError(
+                f"{name}: {by_load} where pairs are halved (gap), with moe.part_order='part': the ranks that share an "
+                f"expert would have unequal loads; choose moe.part_order='expert', or leave out gap or {by_load}"
+            )
         if getattr(limit, "drop_first", None) is not None:
             raise ConfigError(f"{name}: drop_first needs a modality of each token, which language models do not have")
         ranks = getattr(limit, "ranks", 0)

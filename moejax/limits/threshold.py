@@ -5,7 +5,6 @@ Letters: T tokens, E experts, R routing rows, K choices per row, G devices (rank
 """
 
 import dataclasses
-from fractions import Fraction
 from typing import Literal
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ConfigError
 from moejax.limits.budget import device_of
-from moejax.limits.pieces import of_layer, option, over_ranks, sum_of_token
+from moejax.limits.pieces import BLOCK, major_columns, major_share, of_layer, option, over_ranks, sum_of_token
 from moejax.routing import computing
 from moejax.types import RouteContext, Routing, pytree, static
 
@@ -109,7 +108,7 @@ class ThresholdDrop:
         """T of each device, the same on every rank. Pairs that an earlier limit halved are as much work as is left."""
         device = jnp.where(computing(routing), device, ranks)
         halved = None if routing.level is None else routing.level == 1
-        major = self.major_share(routing, ctx)
+        major = major_share(ctx, self.major if routing.level is None else routing.major)
         whole, half = major.denominator, major.numerator  # whole numbers: what is equal must not differ by rounding
 
         def counts(place: Int[Array, "R K"], of_device: int) -> Int[Array, "G n"]:
@@ -139,11 +138,6 @@ class ThresholdDrop:
         target = jnp.max(work[:, -1])
         enough = jnp.argmax(work <= target, axis=1)  # the first; the last one always is
         return steps[enough]
-
-    def major_share(self, routing: Routing, ctx: RouteContext) -> Fraction:
-        """Work of a halved pair in units of a whole one."""
-        major = self.major if routing.level is None else routing.major
-        return Fraction(major_columns(ctx.expert_dim, major), ctx.expert_dim) if ctx.expert_dim else Fraction(1, 2)
 
 
 def _above(share: Array, threshold: Array) -> Array:
@@ -192,19 +186,3 @@ def halving(expert_dim: int, major: int = 0, form: Form = "auto", parts: int = 1
     if form == "extent" or 2 * major != expert_dim:
         raise ConfigError(f"{of}: form='extent' computes multiples of {BLOCK}, form='split' exactly one half")
     return Parting(2, split=2, held=1, skipped=skipped)
-
-
-BLOCK = 64
-"""Columns that the kernels' extents count in (``kernels_pallas.grouped_matmul.groups.EXTENT_BLOCK``)."""
-ROUNDED = 256
-"""Width from which on half an expert is rounded up to whole blocks. A block is too large a part of a narrower one: its
-half is exact, by the form "split" where it is no whole block."""
-
-
-def major_columns(expert_dim: int, major: int = 0) -> int:
-    """Major neurons of an expert of width ``expert_dim``: ``major``, or for 0 half of it, rounded up to a multiple of
-    64 where it has 256 or more."""
-    if major:
-        return major
-    half = -(-expert_dim // 2)
-    return -(-half // BLOCK) * BLOCK if expert_dim >= ROUNDED else half

@@ -43,7 +43,7 @@ def build_report(
 
     Raises:
       ValueError: nothing to report, or results files only and no ``output``.
-      FileNotFoundError: a workdir or file that does not exist.
+      FileNotFoundError: a workdir or file that does not exist, or a folder that is no workdir.
     """
     if not (workdirs or results):
         raise ValueError("--workdir: give the folder of at least one run")

@@ -14,6 +14,8 @@ from moejax.report.blocks import is_number
 from moejax.results import ResultRow, scan_rows
 
 STEPPED = ("train", "valid", "load")
+FILES = ("config.json", "env.json", "metrics.jsonl", "results.jsonl", "sweep.json")
+"""What a workdir is known by; a run writes the first before it makes anything, a sweep the last."""
 
 
 @dataclasses.dataclass
@@ -74,11 +76,10 @@ def read_run(workdir: str | Path, key: str = "run-1") -> Run:
     problem.
 
     Raises:
-      FileNotFoundError: there is no such folder.
+      FileNotFoundError: see :func:`check_workdir`.
     """
     path = Path(workdir)
-    if not path.is_dir():
-        raise FileNotFoundError(f"--workdir={path}: no such folder; give the --workdir of a run")
+    check_workdir(path)
     run = Run(path, key)
     run.config = _read_json(path / "config.json", run.problems)
     run.env = _read_json(path / "env.json", run.problems)
@@ -86,6 +87,29 @@ def read_run(workdir: str | Path, key: str = "run-1") -> Run:
     run.rows, broken = scan_rows(path / "results.jsonl")
     run.problems += broken
     return run
+
+
+def check_workdir(path: Path) -> None:
+    """Raises FileNotFoundError where there is no such folder, or nothing of a run or a sweep in it."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"--workdir={path}: no such folder; give the --workdir of a run")
+    if _is_workdir(path):
+        return
+    below = [str(folder) for folder in sorted(path.iterdir()) if folder.is_dir() and _is_workdir(folder)]
+    raise FileNotFoundError(
+        f"--workdir={path}: is no workdir, the folder that a run or a sweep was given as --workdir and wrote into: it "
+        f"has no {', '.join(FILES[:-1])} or {FILES[-1]} of one"
+        + (f". Below it are {', '.join(below[:4])}" + (", ..." if len(below) > 4 else "") if below else "")
+        + ". Results files alone are given as --results=FILE"
+    )
+
+
+def _is_workdir(path: Path) -> bool:
+    there = [name for name in FILES if (path / name).exists()]
+    if there != ["config.json"]:
+        return bool(there)
+    config = _read_json(path / "config.json", [])
+    return not config or "model" in config  # else of other weights: a Hugging Face folder
 
 
 def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moejax.config import RouterConfig
-from moejax.routing.pieces import in_best_groups, noise_key, project, router_logits, token_mask
+from moejax.routing.pieces import in_best_groups, largest, noise_key, project, router_logits, token_mask
 from moejax.routing.registry import RouterWeights, linear_router, register
 from moejax.sharding import ArraySpec
 from moejax.types import RouteContext, Routing
@@ -70,7 +70,8 @@ def softmax_of_topk(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext,
     Equal to ``topk_of_softmax`` with renormalisation in exact arithmetic; kept because checkpoints name it.
     """
     logits = router_logits(x, w, ctx, config)
-    top, expert = jax.lax.top_k(logits, config.k)
+    expert = largest(logits, config.k)
+    top = jnp.take_along_axis(logits, expert, axis=1)
     return _table(expert, jax.nn.softmax(top), jax.nn.softmax(logits), logits, ctx, config)
 
 
@@ -119,7 +120,8 @@ def noisy_topk(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, conf
             load_prob = jax.scipy.stats.norm.cdf((logits - threshold) / sigma)
         else:
             load_prob = jnp.ones_like(logits)
-    top, expert = jax.lax.top_k(noisy, config.k)
+    expert = largest(noisy, config.k)
+    top = jnp.take_along_axis(noisy, expert, axis=1)
     probs = jax.nn.softmax(noisy)
     weight = jax.nn.softmax(top) if config.k > 1 else jnp.take_along_axis(probs, expert, axis=1)
     return _table(expert, weight, probs, logits, ctx, config, load_prob)
@@ -188,7 +190,7 @@ def softmax_bias(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, co
 def _biased_choice(scores: Array, bias: Array, logits: Array, ctx: RouteContext, config: RouterConfig) -> Routing:
     """Chooses the top-k of ``scores + bias`` with weights from the scores alone."""
     selection = in_best_groups(jax.lax.stop_gradient(scores) + bias, config)
-    _, expert = jax.lax.top_k(selection, config.k)
+    expert = largest(jnp.where(jnp.isnan(scores), jnp.nan, selection), config.k)
     weight = jnp.take_along_axis(scores, expert, axis=1)
     if config.renormalise and config.k > 1:
         # The floor only acts where all chosen scores underflow; without it such a row would be 0 / 0.
@@ -202,7 +204,7 @@ def topk_of_sigmoid(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext,
     ``renormalise`` and k > 1, ``s_e / sum(s_e)``. :func:`sigmoid_bias` without its state."""
     logits = router_logits(x, w, ctx, config)
     scores = jax.nn.sigmoid(logits)
-    _, expert = jax.lax.top_k(logits, config.k)  # large scores are equal in float32, their logits are not
+    expert = largest(logits, config.k)  # large scores are equal in float32, their logits are not
     weight = jnp.take_along_axis(scores, expert, axis=1)
     if config.renormalise and config.k > 1:
         weight = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-20)
@@ -256,7 +258,7 @@ def expert_choice(x: Float[Array, "T D"], w: RouterWeights, ctx: RouteContext, c
     mask = token_mask(ctx, num_tokens)
     capacity = min(num_tokens, math.ceil(num_tokens * config.k / num_experts))
     masked = jnp.where(mask[:, None], jax.lax.stop_gradient(probs), -1.0)
-    _, token = jax.lax.top_k(masked.T, capacity)  # [E, C]
+    token = largest(masked.T, capacity)  # [E, C]
     real = -(-jnp.sum(mask) * config.k // num_experts)  # ceil in integers: XLA's float division can land above
     valid = mask[token] & (jnp.arange(capacity) < real)
     expert = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32)[:, None], token.shape)

@@ -53,6 +53,12 @@ def _as_first_jvp(primals: tuple, tangents: tuple) -> tuple:
     return _as_first(*primals), tangents[0]
 
 
+def largest(values: Float[Array, "R N"], k: int) -> Int[Array, "R K"]:
+    """Where the k largest of each row are. NaN is the largest of all: ``top_k`` puts one with a sign last, so that a
+    broken router would look sound."""
+    return jax.lax.top_k(jnp.where(jnp.isnan(values), jnp.inf, values), k)[1]
+
+
 def in_best_groups(scores: Float[Array, "T E"], config: RouterConfig) -> Float[Array, "T E"]:
     """Group-limited top-k: the scores with -inf for experts outside a token's ``groups_kept`` best groups.
 

@@ -336,6 +336,27 @@ def test_a_gradient_of_many_equal_rows_is_rounded_once(calls, gather, dtype):
     np.testing.assert_allclose(np.asarray(dx, np.float64), scattered, rtol=jnp.finfo(dtype).eps * 0.51, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("combine", [combine_rows, mosaic_gpu_combine.combine_rows], ids=["ref", "mosaic_gpu"])
+def test_a_combines_gradient_is_rounded_once(calls, combine, dtype):
+    """Each row is named in every of the K columns, and many times."""
+    rng = np.random.default_rng(4)
+    rows = np.stack([rng.permutation(np.repeat([2, 5, 9, 10], 8)) for _ in range(8)], axis=1).astype(np.int32)
+    ys, dy, weight = normal(10, 256, dtype), (1 + normal(32, 256)).astype(dtype), rng.random((32, 8), np.float32)
+
+    @jax.jit
+    def gradients(ys, rows, weight, dy):
+        return jax.vjp(lambda ys, weight: combine(ys, rows, weight), ys, weight)[1](dy)
+
+    dys, dweight = gradients(ys, rows, weight, dy)
+    wide, parts = np.zeros((11, 256)), weight[..., None] * dy[:, None].astype(np.float64)
+    np.add.at(wide, rows, parts)  # row 10 is out of bounds
+    assert dys.dtype == dtype and dweight.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(dys, np.float64), wide[:10], rtol=jnp.finfo(dtype).eps * 0.51, atol=1e-4)
+    products = [np.sum(expected(ys, rows[:, k]).astype(np.float64) * dy.astype(np.float64), axis=1) for k in range(8)]
+    np.testing.assert_allclose(np.asarray(dweight), np.stack(products, axis=1), rtol=1e-5, atol=1e-4)
+
+
 def test_xlas_gather_is_differentiable_forwards_too():
     x, index = jnp.asarray(normal(10, 64)), jnp.asarray(table(10, 40))
     out, tangent = jax.jvp(lambda x: gather_rows(x, index), (x,), (2 * x,))

@@ -390,15 +390,16 @@ def test_the_interpreter_has_the_threads_that_it_waits_on(command):
     assert not problems and said.count(" of the default's speed") == 2
 
 
-def test_ctrl_c_ends_the_command_and_leaves_nothing_to_pass_over(command, folder):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl_c", "sigterm"])
+def test_a_signal_ends_the_command_and_leaves_nothing_to_pass_over(command, folder, number, code):
     process = command("--limit", "3")
     while "2 block" not in (line := process.stdout.readline()):
         assert line
     while "trying" not in stored(folder / "t.json"):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, problems = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert problems == f"interrupted: {folder / 't.json'} keeps what is done; call again to go on\n"
     assert stored(folder / "t.json")["tried"] == 2
     assert not {"trying", "deadly"} & stored(folder / "t.json").keys()

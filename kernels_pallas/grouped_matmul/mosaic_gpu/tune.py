@@ -13,8 +13,8 @@ seconds are the default's times the median ratio. At last the fastest meets the 
 taken if it gains more than the uncertainty of that ratio.
 
 The file is written after every candidate. A call goes on where the last one on the same commit, JAX and device ended;
-a candidate during which the process died is passed over, one that Ctrl-C stopped is not. `--again` times everything
-anew.
+a candidate during which the process died is passed over, one that Ctrl-C or SIGTERM stopped is not. `--again` times
+everything anew.
 """
 
 import argparse
@@ -54,6 +54,7 @@ from kernels_pallas.rivals.rows import commit
 FINAL_ROUNDS = 3  # as many timings decide as a candidate has, times this
 HANGS = 120  # seconds after which a candidate that was started counts as hanging
 INTERRUPTED = 130  # what shells report of a process that Ctrl-C ended
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def write(path: pathlib.Path, table: dict[str, Any]) -> None:
@@ -141,11 +142,11 @@ class Sweep:
 
     @property
     def kept(self) -> str:
-        """What Ctrl-C leaves."""
+        """What Ctrl-C and SIGTERM leave."""
         return f"interrupted: {self.path} keeps what is done; call again to go on"
 
-    def end(self, *_: object) -> NoReturn:
-        """Handles Ctrl-C by ending the process.
+    def end(self, number: int, frame: object) -> NoReturn:
+        """Handles Ctrl-C and SIGTERM by ending the process.
 
         Nothing is raised: kernels that are interpreted run in callbacks, where XLA makes an error of its own of an
         exception, and neither they nor a compilation in another thread can be stopped.
@@ -153,7 +154,7 @@ class Sweep:
         if self.search is not None and self.search.trying:
             self.search.note({})
         os.write(2, f"{self.kept}\n".encode())  # a print may be under way
-        os._exit(INTERRUPTED)
+        os._exit(128 + number)
 
 
 class Search:
@@ -354,7 +355,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses the command line and runs; 1 if a candidate was wrong, 130 if interrupted."""
+    """Parses the command line and runs; 1 if a candidate was wrong, 130 if interrupted, 143 by SIGTERM."""
     command.shares_device()
     args = parse(argv)
     if args.dry_run:
@@ -374,13 +375,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         sweep.say(f"{device}, commit {sweep.commit or '?'}, {len(args.problems)} problems, into {path}")
-        before = signal.getsignal(signal.SIGINT)
-        if before is signal.default_int_handler:  # else it is ignored, as in a shell's background
-            signal.signal(signal.SIGINT, sweep.end)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            if handler in (signal.default_int_handler, signal.SIG_DFL):  # else ignored, as in a shell's background
+                signal.signal(number, sweep.end)
         try:
             return sweep.run(args.problems)
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def hopper_is_missing() -> str | None:
