@@ -34,7 +34,7 @@ def exit_code(error: KeyboardInterrupt) -> int:
 def outlast_collections() -> None:
     """Sends a signal once more that came while JAX collected its garbage: it does so in a callback of Python's
     collector, and what such a callback raises is printed and forgotten."""
-    gc.callbacks[:] = [_outlasting(c) if c.__name__ == "_xla_gc_callback" else c for c in gc.callbacks]
+    gc.callbacks[:] = [_outlasting(c) if getattr(c, "__name__", "") == "_xla_gc_callback" else c for c in gc.callbacks]
 
 
 def _outlasting(callback: Callable) -> Callable:

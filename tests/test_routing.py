@@ -447,7 +447,7 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_router_that_is_nan_is_not_hidden(name, sign):
-    """A NaN of either sign for one expert, in all tokens: each token that has an expert has that one, or all are NaN."""
+    """One expert is NaN for all tokens, of either sign: every token that has an expert has it, or all are NaN."""
     config = router_config(name)
     layer = fakes.small_layer(config, implementation="ref")
     for key, array in layer.router.arrays.items():
