@@ -124,9 +124,16 @@ def test_grouped_matmul_and_the_whole_layer():
             (name, "drhs"): both(name, "drhs", same, last),
         }
         gradients = [", ".join(map(speed, backward[name, operation])) for operation in ("dlhs", "drhs")]
-        halves = both(name, "major", half, "2ce59cf")
+        halves = both(name, "major", half, "034b47f")
         halves.append(half(ours["major_ffn", name, None, "a6b5315", 5.0, sizes[name]]))
         assert f"| {' | '.join([label, *both(name, 'forward', share), *gradients, *halves])} |" in text
+    slowly = [ours["major_ffn", name, None, "aaf0edc", 5.0, sizes[name]] for name in labels.values()]
+    assert "FFN's are {:.3f}, {:.3f}, {:.3f} and {:.3f} in the".format(*(r["ratio_to_full"] for r in slowly)) in text
+    spreads = [row["ratio_to_full_p90"] - row["ratio_to_full_p10"] for row in slowly]
+    assert f"with {min(spreads):.2f} to {max(spreads):.2f} between" in text
+    before = ours["major", "olmoe", "down", "2ce59cf", 5.0, 65536]
+    assert before["temporary_bytes"] and f"down projection was {half(before)} with it" in text
+    assert not any(row["temporary_bytes"] for row in both("olmoe", "major", same, "034b47f"))
     cublas = {
         (row["name"], row["projection"]): row
         for row in rows
