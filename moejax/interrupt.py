@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM: the first asks the loop to stop, the second ends the process at once."""
 
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -32,20 +31,20 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 
 def outlast_collections() -> None:
-    """Sends a signal once more that came while JAX collected its garbage: it does so in a callback of Python's
-    collector, and what such a callback raises is printed and forgotten."""
-    gc.callbacks[:] = [_outlasting(c) if getattr(c, "__name__", "") == "_xla_gc_callback" else c for c in gc.callbacks]
+    """Sends a signal once more that came where Python prints what is raised and forgets it: while JAX collects its
+    garbage, which it does in a callback of Python's collector, or in a ``__del__``. A signal that comes during a whole
+    collection is raised where the callback is entered, so that nothing within it could catch it."""
+    shown = sys.unraisablehook
 
-
-def _outlasting(callback: Callable) -> Callable:
-    def run(*arguments: Any) -> None:
-        try:
-            callback(*arguments)
-        except KeyboardInterrupt as error:
-            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    def hook(found: Any) -> None:
+        if not isinstance(found.exc_value, KeyboardInterrupt):
+            shown(found)
+            return
+        number = signal.SIGTERM if isinstance(found.exc_value, Terminated) else signal.SIGINT
+        with contextlib.suppress(RuntimeError):  # while Python leaves no thread can be started
             threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
-    return run
+    sys.unraisablehook = hook
 
 
 class Interrupt:

@@ -257,6 +257,22 @@ def test_a_table_that_was_stopped_goes_on_with_the_next_arm(
     assert two.facts["limit"] and two.halved > 0
 
 
+def test_arms_of_one_fine_tuning_are_kept_together(models: dualsparse.Models, monkeypatch: pytest.MonkeyPatch):
+    """Another fine-tuning may end elsewhere: its arms are never of two."""
+    plain, dropped = (s for s in settings.settings("1", models.config) if s.model == "tuned:2")
+    asked: list[list[settings.Setting]] = []
+
+    def kept(together: Any, measure: Any) -> list[dualsparse.Measured]:
+        asked.append(list(together))
+        return [measured(setting) for setting in together]
+
+    again = dualsparse.Models(models.run, models.base, kept)  # ty: ignore
+    assert again.measure(plain).rate == 0 and again.measure(dropped).rate > 0
+    assert [[s.rule for s in together] for together in asked] == [["", "1T"]]
+    again.measure(settings.Setting("none", "none", "base"))
+    assert len(asked) == 2 and len(asked[1]) == 1
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -273,9 +289,8 @@ def test_arms_of_other_code_or_on_other_things_are_measured_again(tmp_path: Path
     first = dualsparse.Measured({"a": DomainScore(1.5, 2, 3, 0.1 + 0.2, 5.0, ((1.5, 2),))}, 0.1, 0.2, 0.3, 0.4, 0.5, {})
 
     def call(measured: dualsparse.Measured, **other: Any) -> dualsparse.Measured:
-        return arms.Arms(tmp_path, SHARED | other, lines.append).measured(
-            dualsparse.Measured, 0, setting, lambda: measured
-        )
+        kept = arms.Arms(tmp_path, SHARED | other, lines.append)
+        return kept.measured(dualsparse.Measured, 0, [setting], lambda _: measured)[0]
 
     second = dataclasses.replace(first, rate=0.9)
     assert call(first) == first == call(second)

@@ -99,3 +99,33 @@ def test_a_signal_that_comes_while_jax_collects_garbage_is_heard(number, how, he
     """The last case says why it is needed: were it heard without, this could go."""
     done = subprocess.run([sys.executable, "-c", COLLECTING, number, how], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == heard, done.stderr
+
+
+WHOLE = """
+import gc, signal, time
+import jax
+from moejax import interrupt
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, interrupt.terminate)
+interrupt.outlast_collections()
+many = [[] for _ in range(3_000_000)]
+try:
+    print("ready", flush=True)
+    for _ in range(4):
+        gc.collect()
+        time.sleep(0.5)
+    print("not heard")
+except KeyboardInterrupt as error:
+    print(interrupt.exit_code(error))
+"""
+
+
+@pytest.mark.parametrize(("number", "heard"), [(signal.SIGINT, "130"), (signal.SIGTERM, "143")])
+def test_a_signal_that_comes_during_a_whole_collection_is_heard(number, heard):
+    """Python raises it where the callback is entered, before anything in it could catch it."""
+    with subprocess.Popen([sys.executable, "-c", WHOLE], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.05)
+        process.send_signal(number)
+        assert process.communicate(timeout=120)[0].strip() == heard

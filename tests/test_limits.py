@@ -1,5 +1,6 @@
 """Limits against a brute-force reference of Algorithm 1 of 2503.05066, and the laws of their neutral settings."""
 
+import dataclasses
 import functools
 import math
 from fractions import Fraction
@@ -283,3 +284,24 @@ def test_the_configs_limit_is_used_unless_others_are_given():
     assert float(begin(limited, None)) > 0
     assert float(begin(limited, ())) == 0
     assert limited.config.router == RouterConfig(k=2, noncausal="allow")
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        limits.token_drop(0.5),
+        limits.token_drop(0.5, renormalise=True),
+        limits.expanded_drop(0.5),
+        limits.reroute(0.5),
+        limits.device_budget(0.5, ranks=2),
+        limits.measured_budget(ranks=2),
+    ],
+    ids=lambda limit: type(limit).__name__,
+)
+def test_scores_that_are_nan_go_first(limit):
+    """A broken router shows in the outputs with the limit as without: its pairs are the last to be dropped."""
+    table = fakes.random_table(np.random.default_rng(0), 32, 2, 4)
+    for nan in (jnp.nan, -jnp.nan):
+        broken = dataclasses.replace(table, score=table.score.at[:3].set(nan))
+        kept = limit(broken, context(expert_dim=16))
+        assert np.asarray(kept.valid)[:3, :2].all() and not np.asarray(kept.valid)[3:, :2].all()

@@ -334,6 +334,30 @@ def test_a_measured_budget_counts_what_was_halved_as_the_work_that_is_left(major
         assert most - 1 < (done * expected)[device == slowest].sum() <= most < before[slowest]
 
 
+def test_a_measured_budget_of_many_pairs_does_not_wrap():
+    """320,000 pairs, 11,224 units of work in the mean: more than int32 holds. All are of one device: none may stay."""
+    rows, k = 40_000, 8
+    table = fakes.random_table(np.random.default_rng(0), rows, k, k)
+    level = (np.arange(rows * k).reshape(rows, k) % 3 == 0).astype(np.int32)
+    table = dataclasses.replace(table, probs=jnp.ones((rows, 4 * k)), level=jnp.asarray(level), major=4999)
+    kept = limits.measured_budget(ranks=4)(table, RouteContext(expert_dim=14336))
+    assert not np.asarray(kept.valid).any()
+
+
+@pytest.mark.parametrize("rule", ["paper", "water"])
+def test_load_aware_thresholds_of_many_pairs_do_not_wrap(rule):
+    """As above: the one device that has all pairs gets the whole threshold, the others, without any, none."""
+    rows, k = 40_000, 8
+    table = fakes.random_table(np.random.default_rng(0), rows, k, k)
+    level = (np.arange(rows * k).reshape(rows, k) % 3 == 0).astype(np.int32)
+    halved = dataclasses.replace(table, probs=jnp.ones((rows, 4 * k)), level=jnp.asarray(level), major=4999)
+    limit, context = limits.threshold_drop(0.1, load_aware=rule, ranks=4), RouteContext(expert_dim=14336)
+    share = thresholds.normalised(halved)
+    device = jnp.zeros_like(halved.expert)
+    found = limit.device_thresholds(jnp.float32(0.1), share, device, 4, halved, context)
+    np.testing.assert_allclose(found, [0.1, 0.0, 0.0, 0.0], atol=1e-6)
+
+
 def test_water_filling_is_not_misled_by_rounding():
     """With 256 of 300 neurons major, 9 - 3 x 44/300 - 3 x 256/300 is 6 and a bit in float32: more than the target."""
     low, high = [((1, 2), (0.1, 0.9))] * 3 + [((1, 2), (0.2, 0.8))], [((0, 1), (0.5, 0.5))] * 5 + [((0, 2), (0.5, 0.5))]

@@ -2,12 +2,13 @@
 
 A table's rows are written when all of its arms are there, since contrasts need them all. Until then each arm, on each
 training seed, is kept in ``arms.jsonl`` of the workdir, with what it was measured on and by which commit: what was
-measured by other code, or on other weights, text or devices, is measured again.
+measured by other code, or on other weights, text or devices, is measured again. A commit that ``MOEJAX_COMMIT`` tells
+is taken at its word.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +40,31 @@ class Arms:
         self._found = self._read() if self._keeps else {}
         self._told = False
 
-    def measured[Arm](self, make: type[Arm], seed: int, setting: Any, measure: Callable[[], Arm]) -> Arm:
-        """The arm of a setting on a training seed: as it was kept, or as ``measure()`` gives it, which is then kept.
+    def measured[Arm, Setting](
+        self, make: type[Arm], seed: int, together: Sequence[Setting], measure: Callable[[Setting], Arm]
+    ) -> list[Arm]:
+        """The arms of settings on a training seed: as they were kept, or as ``measure`` gives them, to be kept then.
 
-        ``make`` is its dataclass, of values that JSON has, with :class:`~moejax.evaluate.DomainScore` by domain in a
-        field ``by_domain``.
+        All of them are kept at once, and taken again only if all are there: what one of them is made of may not be
+        made again to the same bits. ``make`` is their dataclass, of values that JSON has, with
+        :class:`~moejax.evaluate.DomainScore` by domain in a field ``by_domain``.
         """
-        key = f"{seed}: {setting!r}"
-        if key in self._found:
+        keys = [f"{seed}: {setting!r}" for setting in together]
+        if all(key in self._found for key in keys):
             if not self._told:
                 self._say("  arms that an interrupted call of the same commit measured are taken from arms.jsonl")
             self._told = True
-            return make(**{name: _scores(value) if name == "by_domain" else value
-                           for name, value in self._found[key].items()})  # fmt: skip
-        made = measure()
+            return [make(**_with_scores(self._found[key])) for key in keys]
+        made = [measure(setting) for setting in together]
         if self._keeps:
-            self._found[key] = dataclasses.asdict(made)  # ty: ignore[invalid-argument-type]
+            kept: list[Any] = [dataclasses.asdict(arm) for arm in made]  # ty: ignore[invalid-argument-type]
+            self._found |= dict(zip(keys, kept, strict=True))
             lines = [json.dumps({"of": self._of}), *(json.dumps({"arm": k, "is": v}) for k, v in self._found.items())]
             write_atomically(self._path, "\n".join(lines) + "\n")
         return made
 
     def done(self) -> None:
-        """All tables have their rows."""
+        """The tables that were asked for have their rows."""
         self._path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -74,8 +78,9 @@ class Arms:
             return {}
 
 
-def _scores(by_domain: Any) -> dict[str, DomainScore]:
-    return {
+def _with_scores(kept: dict[str, Any]) -> dict[str, Any]:
+    by_domain = {
         domain: DomainScore(**(score | {"per_batch": tuple((nll, size) for nll, size in score["per_batch"])}))
-        for domain, score in by_domain.items()
+        for domain, score in kept["by_domain"].items()
     }
+    return kept | {"by_domain": by_domain}

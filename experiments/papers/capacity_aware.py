@@ -6,6 +6,7 @@ in ``experiments.capacity_settings``; ``table.tables`` names those that are made
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -190,7 +191,7 @@ class _Scoring:
         """Held-out bits per byte of every domain, and what the layers did."""
         again = (seed, setting.name, setting.ranks) if setting.name == BASELINE else None
         if again not in self._made:
-            made = self.arms.measured(_Measured, seed, setting, lambda: self._measure(seed, setting))
+            (made,) = self.arms.measured(_Measured, seed, [setting], functools.partial(self._measure, seed))
             if again is None:
                 return made
             self._made[again] = made

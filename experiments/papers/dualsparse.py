@@ -10,7 +10,7 @@ does. Half pairs, skipping and pruning run in the layer itself, with thresholds 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,12 @@ def _layers(config: ExperimentConfig, models: "Mapping[int, Models]", shared: di
     return rows
 
 
-Kept = Callable[[Setting, Callable[[], Measured]], Measured]
+Kept = Callable[[Sequence[Setting], Callable[[Setting], Measured]], list[Measured]]
+
+
+def _nameless(setting: Setting) -> Setting:
+    """What is measured, whatever it is called."""
+    return dataclasses.replace(setting, name="", arm="", published=None, plotted=False)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -262,9 +267,9 @@ class Models:
     """The model of one training seed and those that are made of it, with what calibration text says of each."""
 
     def __init__(self, run: Run, state: TrainState, kept: "Kept | None" = None) -> None:
-        """``kept(setting, measure)`` is what an earlier call measured of a setting, or what ``measure()`` gives."""
+        """``kept(settings, measure)`` is what an earlier call measured of the settings, or what ``measure`` gives."""
         self.run, self.config = run, run.config
-        self._kept = kept or (lambda setting, measure: measure())
+        self._kept = kept or (lambda together, measure: [measure(setting) for setting in together])
         self.base = Variant(run.config.model, state.params, state.router_state)
         self._programs: dict[tuple[str, ModelConfig], Callable] = {}
         self._made: dict[str, Variant] = {}
@@ -418,10 +423,18 @@ class Models:
 
     def measure(self, setting: Setting) -> Measured:
         """Held-out bits per byte of every domain, and what the layers did."""
-        same = dataclasses.replace(setting, name="", arm="", published=None, plotted=False)
+        same = _nameless(setting)
         if same not in self._measured:
-            self._measured[same] = self._kept(same, lambda: self._measure(setting))
+            together = self._together(same)
+            self._measured |= zip(together, self._kept(together, self._measure), strict=True)
         return self._measured[same]
+
+    def _together(self, setting: Setting) -> tuple[Setting, ...]:
+        """What is measured with a setting: all of one fine-tuned model, as another fine-tuning may end elsewhere."""
+        if not setting.model.startswith("tuned:"):
+            return (setting,)
+        all_of_it = [_nameless(s) for s in settings.settings("1", self.config) if s.model == setting.model]
+        return tuple(dict.fromkeys([setting, *all_of_it]))
 
     def _measure(self, setting: Setting) -> Measured:
         in_force, facts = self.limits_of(setting)

@@ -59,4 +59,7 @@ def _combine_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tup
     # As in _gather_jvp: the transpose adds up the K parts of a row's cotangent before it is rounded.
     (ys, weight, row_of_pair), (dys, dweight, _) = primals, tangents
     wide = dys.astype(accumulator(ys.dtype))
-    return _combine(*primals), (_sum(wide, weight, row_of_pair) + _sum(ys, dweight, row_of_pair)).astype(ys.dtype)
+    total = _sum(wide, weight, row_of_pair)
+    if dweight.dtype != jax.dtypes.float0:  # of integers
+        total = total + _sum(ys, dweight, row_of_pair)
+    return _combine(*primals), total.astype(ys.dtype)

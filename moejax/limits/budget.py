@@ -18,6 +18,7 @@ from moejax.limits.pieces import (
     Scope,
     best_of_token,
     capacity,
+    countable,
     hosted_experts,
     keep_best,
     major_share,
@@ -86,7 +87,7 @@ class MeasuredBudget:
         device, ranks = device_of(routing, ctx, self.ranks)
         if ranks == 1:
             return routing
-        major = major_share(ctx, routing.major)
+        major = countable(major_share(ctx, routing.major), routing.valid.size)
         rows = jnp.sum(loads_of(routing, ctx, self.loads, float(major)).reshape(ranks, -1), axis=1)
         cost = jnp.ones(ranks) if self.seconds_per_row is None else self.seconds_per_row
         (_, second), _ = jax.lax.top_k(rows * cost, 2)

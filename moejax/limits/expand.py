@@ -105,6 +105,7 @@ class Reroute:
         token = jnp.arange(expert.shape[0])[:, None]
         made = jnp.zeros(routing.probs[:, :experts].shape, bool).at[token, expert].set(True, mode="drop")
         score = jax.lax.stop_gradient(routing.probs[:, :experts].at[token, expert].set(routing.score, mode="drop"))
+        score = jnp.where(jnp.isnan(score), jnp.inf, score)  # the best: a drop must not hide a broken router
         chosen = jnp.any(routing.expert[..., None] == jnp.arange(experts), axis=1)
         gone, held = chosen & ~made, made  # an earlier limit's drops do not come back either
         for i in range(self.rounds):

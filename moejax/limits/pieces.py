@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.custom_batching
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ConfigError
@@ -49,7 +50,7 @@ def ranked(
     """
     shape = valid.shape
     first_group = jnp.where(valid, groups[0], jnp.iinfo(jnp.int32).max if count is None else count)
-    keys = [jnp.broadcast_to(k, shape).reshape(-1) for k in (first_group, *groups[1:], *(-p for p in priority))]
+    keys = [jnp.broadcast_to(k, shape).reshape(-1) for k in (first_group, *groups[1:], *map(_falling, priority))]
     pair = jnp.arange(valid.size, dtype=jnp.int32)
     order = _sorted_by(keys)
     back = jnp.zeros_like(pair).at[order]
@@ -73,10 +74,17 @@ def spent(
     """What the valid pairs of a group cost together, from the one with the highest priority to this one."""
     shape, cost = valid.shape, jnp.where(valid, cost, 0).reshape(-1)
     key = jnp.where(valid, group, jnp.iinfo(jnp.int32).max).reshape(-1)
-    order = _sorted_by([key, *(jnp.broadcast_to(-p, shape).reshape(-1) for p in priority)])
+    order = _sorted_by([key, *(jnp.broadcast_to(_falling(p), shape).reshape(-1) for p in priority)])
     pair, in_order, total = jnp.arange(valid.size), key[order], jnp.cumsum(cost[order])
     before = jax.lax.cummax(jnp.where((pair == 0) | (in_order != jnp.roll(in_order, 1)), total - cost[order], 0))
     return jnp.zeros_like(total).at[order].set(total - before, unique_indices=True).reshape(shape)
+
+
+def _falling(priority: Array) -> Array:
+    """A key that is sorted by the highest priority first. NaN is the highest: a limit must not hide a broken router."""
+    if jnp.issubdtype(priority.dtype, jnp.floating):
+        priority = jnp.where(jnp.isnan(priority), jnp.inf, priority)
+    return -priority
 
 
 def _sorted_by(keys: list[Array]) -> Int[Array, "P"]:
@@ -281,6 +289,11 @@ def major_columns(expert_dim: int, major: int = 0) -> int:
 def major_share(ctx: RouteContext, major: int) -> Fraction:
     """Work of a halved pair in units of a whole one."""
     return Fraction(major_columns(ctx.expert_dim, major), ctx.expert_dim) if ctx.expert_dim else Fraction(1, 2)
+
+
+def countable(share: Fraction, pairs: int) -> Fraction:
+    """The nearest share to this one in whose denominator so many pairs can be counted in int32."""
+    return share.limit_denominator(max(np.iinfo(np.int32).max // max(pairs, 1), 1))
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -13,7 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ConfigError
 from moejax.limits.budget import device_of
-from moejax.limits.pieces import BLOCK, major_columns, major_share, of_layer, option, over_ranks, sum_of_token
+from moejax.limits.pieces import (
+    BLOCK,
+    countable,
+    major_columns,
+    major_share,
+    of_layer,
+    option,
+    over_ranks,
+    sum_of_token,
+)
 from moejax.routing import computing
 from moejax.types import RouteContext, Routing, pytree, static
 
@@ -108,7 +117,9 @@ class ThresholdDrop:
         """T of each device, the same on every rank. Pairs that an earlier limit halved are as much work as is left."""
         device = jnp.where(computing(routing), device, ranks)
         halved = None if routing.level is None else routing.level == 1
-        major = major_share(ctx, self.major if routing.level is None else routing.major)
+        major = countable(
+            major_share(ctx, self.major if routing.level is None else routing.major), ranks * routing.valid.size
+        )
         whole, half = major.denominator, major.numerator  # whole numbers: what is equal must not differ by rounding
 
         def counts(place: Int[Array, "R K"], of_device: int) -> Int[Array, "G n"]:

@@ -642,3 +642,9 @@ def test_benchmark_tables_are_in_order_of_expert():
     assert np.sum(rows == shape.rows) == 48
     padded = np.append(bench.table(shape, 0.25), -1)
     assert np.all((padded[rows] == np.arange(shape.tokens)[:, None]) | (rows == shape.rows))
+
+
+def test_rows_have_a_gradient_beside_weights_that_are_integers():
+    ys, rows = jnp.ones((4, 8)), jnp.asarray([[0, 1], [1, 1], [2, 9]])
+    grad = jax.grad(lambda ys, w: combine_rows(ys, rows, w, implementation="ref").sum())
+    np.testing.assert_array_equal(grad(ys, jnp.full((3, 2), 2)), grad(ys, jnp.full((3, 2), 2.0)))
