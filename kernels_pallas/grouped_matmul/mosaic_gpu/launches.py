@@ -56,9 +56,9 @@ def calls(shape: specs.Shape, implementation: str, alpha: float = 5.0) -> list:
     sized = shape.name, shape.experts, shape.d_model, shape.d_expert, shape.rows, alpha, "bfloat16", sizes
     found = []
     for projection in PROJECTIONS:
-        given = jax_run.operands(Case("forward", projection, *sized))[0]
         for operation in OPERATIONS:
-            product = ours.product(Case(operation, projection, *sized), implementation, "EKN")
+            case = Case(operation, projection, *sized)
+            product, given = ours.product(case, implementation, "EKN"), jax_run.operands(case)[0]
             found.append(functools.partial(jax_run.compiled(product, *given), *given))
             jax.block_until_ready(found[-1]())
     return found
