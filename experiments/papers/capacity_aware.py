@@ -167,13 +167,18 @@ class _Measured:
         return float(np.mean([score.bits_per_byte for score in self.by_domain.values()]))
 
 
-def _measured(by_domain: dict[str, DomainScore], metrics: MoEMetrics, critical: float) -> _Measured:
-    load, m = load_summary(metrics), jax.device_get(metrics)
-    if overflow := sum(load["overflow"]):
+def refuse_overflow(pairs: float) -> None:
+    """Raises ConfigError if pairs were lost that nothing had dropped."""
+    if pairs:
         raise ConfigError(
-            f"{overflow:.0f} pairs overflowed a static buffer: such a row is not published. Choose another "
+            f"{pairs:.0f} pairs overflowed a static buffer: such a row is not published. Choose another "
             "config.model.moe.implementation."
         )
+
+
+def _measured(by_domain: dict[str, DomainScore], metrics: MoEMetrics, critical: float) -> _Measured:
+    load, m = load_summary(metrics), jax.device_get(metrics)
+    refuse_overflow(sum(load["overflow"]))
     dropped, added = (float(v.sum() / m.routed.sum()) for v in (m.dropped, m.added))
     lost = float(np.mean(load["lost_share"]))
     return _Measured(by_domain, critical, dropped, added, max(load["max_over_mean"]), lost)

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import dualsparse_settings as settings
 from experiments.dualsparse_settings import METRIC, Setting
 from experiments.papers.arms import Arms
-from experiments.papers.capacity_aware import made_before, row_facts
+from experiments.papers.capacity_aware import made_before, refuse_overflow, row_facts
 from experiments.trace import in_turn
 from moejax import checkpoint, importance, limits, pruning, thresholds
 from moejax.config import ConfigError, ExperimentConfig, ModelConfig
@@ -266,7 +266,7 @@ class Variant:
 class Models:
     """The model of one training seed and those that are made of it, with what calibration text says of each."""
 
-    def __init__(self, run: Run, state: TrainState, kept: "Kept | None" = None) -> None:
+    def __init__(self, run: Run, state: TrainState, kept: Kept | None = None) -> None:
         """``kept(settings, measure)`` is what an earlier call measured of the settings, or what ``measure`` gives."""
         self.run, self.config = run, run.config
         self._kept = kept or (lambda together, measure: [measure(setting) for setting in together])
@@ -489,11 +489,7 @@ def _measured(
     base: ModelConfig,
     facts: dict[str, Any],
 ) -> Measured:
-    if overflow := float(np.sum(metrics.overflow)):
-        raise ConfigError(
-            f"{overflow:.0f} pairs overflowed a static buffer: such a row is not published. Choose another "
-            "config.model.moe.implementation."
-        )
+    refuse_overflow(float(np.sum(metrics.overflow)))
     pairs, tokens = float(np.sum(metrics.routed)), float(np.sum(metrics.tokens))
     skipped = 0.0 if metrics.skipped is None else float(np.sum(metrics.skipped))
     dropped, part = float(np.sum(metrics.dropped)), Rule(0.0, expert_dim=model.moe.expert_dim).skip
