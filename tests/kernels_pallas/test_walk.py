@@ -17,7 +17,7 @@ MOST = 64  # tiles of a block
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def walked(grid, blocks, pieces, sizes, extents):
+def walked(grid, blocks, cuts, sizes, extents):
     """(tiles of each block [blocks, MOST], how many, its piece), as the copying warpgroups find them."""
 
     def tiles(_):
@@ -28,7 +28,7 @@ def walked(grid, blocks, pieces, sizes, extents):
 
         empty = {name: jnp.zeros(MOST, jnp.int32) for name in ("group", "row", "count", "column", "depth")}
         empty["shares_rhs"] = jnp.zeros(MOST, bool)
-        (count, kept), piece = walk.fold(grid, sizes, extents, pieces, body, (jnp.int32(0), empty))
+        (count, kept), piece = walk.fold(grid, sizes, extents, cuts, body, (jnp.int32(0), empty))
         return count, kept, piece
 
     def of_cluster(_):
@@ -43,38 +43,47 @@ def slots_of(grid, sizes, extents):
 
 
 @pytest.mark.parametrize(("axis", "parts"), [(None, 1), ("n", 2), ("k", 2)])
-@pytest.mark.parametrize(("pieces", "block_n"), [((2, 4), 256), ((3,), 192), ((2,), 128)])
-def test_whole_tiles_and_pieces_cover_what_whole_tiles_alone_do(pieces, block_n, axis, parts):
+@pytest.mark.parametrize(
+    ("cuts", "block_n"), [(((2, 1), (4, 1), (4, 2)), 256), (((3, 1), (3, 2)), 192), (((2, 1), (2, 2)), 128)]
+)
+def test_whole_tiles_and_pieces_cover_what_whole_tiles_alone_do(cuts, block_n, axis, parts):
     rng = np.random.default_rng(0)
-    blocks, groups, columns = 11, 6, 768
-    grid = schedule.Grid(groups, 1600, columns, 6, 64, block_n, 64, 1, 8, axis, parts)
-    seen = set()
-    for case in range(40):
-        sizes = rng.multinomial(rng.integers(0, 1500), rng.dirichlet(np.full(groups, 0.5 + case % 3)))
+    blocks, groups, columns, block_m = 17, 6, 768, 128
+    grid = schedule.Grid(groups, 3200, columns, 6, block_m, block_n, 64, 1, 8, axis, parts)
+    seen, cuts = set(), tuple(walk.Cut(*cut) for cut in cuts)
+    by_number = {cut.number: cut for cut in (walk.Cut(1), *cuts)}
+    for case in range(60):
+        sizes = rng.multinomial(rng.integers(0, 3000), rng.dirichlet(np.full(groups, 0.5 + case % 3)))
         extents = np.sort(rng.integers(0, 7, (groups // parts, parts)) * 64)[:, ::-1].reshape(-1)
         extents = jnp.asarray(extents, jnp.int32) if axis else None
         sizes = jnp.asarray(sizes, jnp.int32)
-        whole, divided = (jax.device_get(walked(grid, blocks, some, sizes, extents)) for some in ((), pieces))
+        whole, divided = (jax.device_get(walked(grid, blocks, some, sizes, extents)) for some in ((), cuts))
         slots = int(slots_of(grid, sizes, extents))
         left = slots % blocks if slots > blocks else 0
-        number = max((some for some in pieces if 0 < left * some <= blocks), default=1)
+        number = max((some for some in by_number if 0 < left * some <= blocks), default=1)
         seen.add(number)
 
         def covered(found, number):
+            """(first row, depth, column) of what is computed in 64 rows and 64 columns, those without valid rows left
+            out."""
             counts, kept, piece = found
             out = []
+
+            def add(row, count, depth, first, width, rows):
+                for above in range(0, min(rows, count), 64):
+                    out.extend((row + above, depth, column) for column in range(first, first + width, 64))
+
             for block, count in enumerate(counts):
                 for i in range(count):
-                    first = int(kept["column"][block, i]) * grid.unit
-                    row, depth = int(kept["row"][block, i]), int(kept["depth"][block, i])
-                    out += [(row, depth, column) for column in range(first, first + block_n, 64)]
+                    row, valid, depth, column = (
+                        int(kept[name][block, i]) for name in ("row", "count", "depth", "column")
+                    )
+                    add(row, valid, depth, column * grid.unit, block_n, block_m)
                 if piece is not None and piece.pieces[block] > 1:
                     assert piece.pieces[block] == number
-                    first, width = int(piece.tile.column[block]) * grid.unit, block_n // number
-                    out += [
-                        (int(piece.tile.row[block]), int(piece.tile.depth[block]), column)
-                        for column in range(first, first + width, 64)
-                    ]
+                    cut, tile = by_number[number], jax.tree.map(lambda a, block=block: int(a[block]), piece.tile)
+                    width, rows = block_n // cut.columns, block_m // cut.rows
+                    add(tile.row, tile.count, tile.depth, tile.column * grid.unit, width, rows)
             return sorted(out)
 
         assert covered(divided, number) == covered(whole, 1)
@@ -83,15 +92,16 @@ def test_whole_tiles_and_pieces_cover_what_whole_tiles_alone_do(pieces, block_n,
         assert np.sum(divided[2].pieces > 1) == (left * number if number > 1 else 0)
         # No block has more to do than a round for each whole round, and one thing in the last.
         assert divided[0].max() <= -(-slots // blocks)
-    assert seen == {1, *pieces}
+    assert seen == set(by_number)
 
 
 @pytest.mark.parametrize(
     ("sizes", "columns", "block_n", "split", "defer", "transpose_rhs", "pieces"),
     [
-        ((128, 0, 512), 256, 256, "m", True, False, 4),
+        ((128, 0, 512, 0), 256, 256, "m", True, False, 4),  # four groups: their sizes are read from shared memory
         ((128, 0, 256), 512, 256, "n", False, True, 2),
         ((128, 512, 0), 192, 192, "m", True, True, 3),
+        ((512, 0, 128), 128, 128, "m", True, True, 4),  # two pieces of the columns, each of half of the rows
         pytest.param((128, 0, 256), 512, 256, "m", True, False, 2, marks=pytest.mark.slow),
         pytest.param((128, 0, 512), 256, 256, "m", False, True, 4, marks=pytest.mark.slow),
         pytest.param((128, 512, 0), 192, 192, "m", False, False, 3, marks=pytest.mark.slow),
@@ -102,7 +112,8 @@ def test_pieces_have_the_same_bits_and_no_race(
 ):
     taken = count_pieces(monkeypatch)
     lhs, sizes = normal(0, sum(sizes), 192), jnp.array(sizes, jnp.int32)
-    rhs = normal(1, 3, columns, 192) if transpose_rhs else normal(1, 3, 192, columns)
+    experts = len(sizes)
+    rhs = normal(1, experts, columns, 192) if transpose_rhs else normal(1, experts, 192, columns)
     config = rows.Config(split=split, defer=defer, stages=2, block_n=block_n)
     options = {"transpose_rhs": transpose_rhs, "extent_axis": "n", "dtype": jnp.bfloat16}
 
@@ -113,11 +124,18 @@ def test_pieces_have_the_same_bits_and_no_race(
     assert max(taken) == pieces
 
 
-@pytest.mark.parametrize(("save", "defer"), [(True, False), (False, True)])
-def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch, save, defer):
-    taken = count_pieces(monkeypatch)
-    xs, gate, up, sizes = normal(0, 640, 128), normal(2, 3, 128, 128), normal(3, 3, 128, 128), (128, 0, 512)
-    biases = normal(4, 3, 128), normal(5, 3, 128)
+@pytest.mark.parametrize(
+    ("sizes", "save", "defer", "pieces"),
+    [
+        ((128, 0, 512, 128), True, False, 2),  # two tiles are left, for four blocks
+        ((128, 0, 512), False, True, 4),  # one: its rows are divided too
+        ((512, 40, 0, 0), True, False, 4),  # and of these rows none are left for the lower half
+    ],
+)
+def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch, sizes, save, defer, pieces):
+    taken, experts = count_pieces(monkeypatch), len(sizes)
+    xs, gate, up = normal(0, sum(sizes), 128), normal(2, experts, 128, 128), normal(3, experts, 128, 128)
+    biases = normal(4, experts, 128), normal(5, experts, 128)
     options = {"activation": "swiglu", "save": save, "interpret": True, "biases": biases}
 
     def run(divide):  # whole tiles are stored at once: deferred stores must not change the bits either
@@ -125,7 +143,7 @@ def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch, save,
         return rows.gated_product(xs, gate, up, rows.Spans(jnp.array(sizes, jnp.int32)), config=config, **options)
 
     same_without_races(run)
-    assert max(taken) == 2
+    assert max(taken) == pieces
 
 
 def same_without_races(run):

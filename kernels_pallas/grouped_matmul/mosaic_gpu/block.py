@@ -8,18 +8,36 @@ A ring of buffers holds operands: `claim` waits until one is free, `release_last
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Int
+
+from kernels_pallas.grouped_matmul.groups import ExtentAxis
 
 CONSUMERS = 2
 SWIZZLE = 128  # bytes
 NOTES = 4  # tiles that may be announced and not yet begun
+
+
+class Spot(NamedTuple):
+    """Where a tile, or a warpgroup's part of it, goes: first row, rows of it that are the group's, first column."""
+
+    row: Any
+    count: Any
+    column: Any
+
+
+class Spans(NamedTuple):
+    """Which rows belong to which group, and what its extent limits: columns of the result, or depth."""
+
+    group_sizes: Int[Array, "G"]
+    extents: Int[Array, "G"] | None = None
+    extent_axis: ExtentAxis = "n"
 
 
 def multiprocessors() -> int:
@@ -34,6 +52,18 @@ def tiled(dtype: jnp.dtype) -> tuple:
     tiling, swizzle = plgpu.TilingTransform, plgpu.SwizzleTransform
     # Their base class declares a method that neither has, nor needs.
     return tiling((8, SWIZZLE // jnp.dtype(dtype).itemsize)), swizzle(SWIZZLE)  # ty: ignore[abstract-class-instantiation]
+
+
+def ring_of(stages: int, tile: tuple[int, ...], axis: int, parts: list[int], dtype: jnp.dtype) -> list[Any]:
+    """Buffers for tiles of so many stages; for each number of `parts` the same bytes as so many times as many buffers,
+    each for a tile's part along `axis`."""
+
+    def one(n: int) -> Any:
+        return plgpu.SMEM(
+            (stages * n, *tile[:axis], tile[axis] // n, *tile[axis + 1 :]), dtype, transforms=tiled(dtype)
+        )
+
+    return [one(n) for n in parts]
 
 
 def two_views(shape: tuple[int, ...], dtype: jnp.dtype, interpret: bool) -> Any:
@@ -51,11 +81,11 @@ def two_views(shape: tuple[int, ...], dtype: jnp.dtype, interpret: bool) -> Any:
     return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=tiles[1:]), plgpu.SMEM(shape, dtype, transforms=tiles))
 
 
-def free_slots(config: Any) -> Any:
+def free_slots(config: Any, number: int) -> Any:
     """Barriers on which consumers say that a buffer is read: in a cluster to both blocks, as both write to it."""
     if config.cluster == 1:
-        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
-    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=config.stages)
+        return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=number)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=number)
 
 
 def launch(config: Any, *, barriers: bool = True, approximate: bool = False) -> dict[str, Any]:
@@ -165,6 +195,16 @@ def release_last(empty: Any, step: Any, stages: int, condition: Any) -> None:
     @pl.when(condition)
     def _():
         plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
+
+
+def pass_by(full: Any, empty: Any, steps: Any, stages: int) -> None:
+    """What a warpgroup does that has nothing to multiply: frees each buffer as soon as it is full."""
+
+    @pl.loop(0, steps)
+    def _(step):
+        at = lax.rem(step, stages)
+        plgpu.barrier_wait(full.at[at])
+        plgpu.barrier_arrive(empty.at[at])
 
 
 def parts_of(shape: tuple[int, ...], staged: Any) -> int:

@@ -21,6 +21,7 @@ from kernels_pallas.grouped_matmul.groups import EXTENT_BLOCK
 from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     CONSUMERS,
     SWIZZLE,
+    Spans,
     announce,
     claim,
     deferred,
@@ -36,7 +37,6 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     release_last,
     tiled,
 )
-from kernels_pallas.grouped_matmul.mosaic_gpu.rows import Spans
 
 BLOCK_ROWS = 64
 NOTE = 7  # words of a note: expert, tile along K, along N, first row, end rows of both warpgroups, of the longer part
@@ -304,7 +304,7 @@ def outer(lhs: Array, grad: Array, spans: Spans, *, experts: int, dtype: jnp.dty
             plgpu.SMEM((stages, BLOCK_ROWS, bn), grad.dtype, transforms=tiled(grad.dtype)),
             plgpu.SMEM((CONSUMERS, 2, 64, SWIZZLE // jnp.dtype(dtype).itemsize), dtype, transforms=tiled(dtype)),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            free_slots(config),
+            free_slots(config, stages),
             plgpu.Barrier(num_arrivals=CONSUMERS),
             *notebook(NOTE),
         ],

@@ -8,23 +8,25 @@ multiplied.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels_pallas.grouped_matmul import groups
-from kernels_pallas.grouped_matmul.groups import ExtentAxis
 from kernels_pallas.grouped_matmul.mosaic_gpu import block, schedule, walk
 from kernels_pallas.grouped_matmul.mosaic_gpu.activation import gated
 from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     CONSUMERS,
     SWIZZLE,
+    Spans,
+    Spot,
     announce,
     claim,
     deferred,
@@ -38,9 +40,10 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     launch,
     notebook,
     parts_of,
+    pass_by,
     release_last,
+    ring_of,
     store_rows,
-    tiled,
     two_views,
 )
 
@@ -81,26 +84,12 @@ class Config:
     defer: bool = False
     divide: bool = False
 
-    def pieces(self, width: int) -> tuple[int, ...]:
-        """Into how many pieces the `width` columns of a tile may be cut: a warpgroup's are whole swizzles of 64."""
+    def cuts(self, width: int) -> tuple[walk.Cut, ...]:
+        """How a tile of `width` columns may be cut: a warpgroup's are whole swizzles of 64. Where rows are halved too,
+        a block has one warpgroup's, and the other has nothing to do."""
         least = 64 if self.split == "m" else 64 * CONSUMERS
-        return tuple(n for n in (2, 3, 4) if width % (n * least) == 0) if self.divide and self.cluster == 1 else ()
-
-
-class Spot(NamedTuple):
-    """Where a tile, or a warpgroup's part of it, goes: first row, rows of it that are the group's, first column."""
-
-    row: Any
-    count: Any
-    column: Any
-
-
-class Spans(NamedTuple):
-    """Which rows belong to which group, and what its extent limits: columns of the result, or depth."""
-
-    group_sizes: Int[Array, "G"]
-    extents: Int[Array, "G"] | None = None
-    extent_axis: ExtentAxis = "n"
+        across = [n for n in (2, 3, 4) if width % (n * least) == 0] if self.divide and self.cluster == 1 else []
+        return (*map(walk.Cut, across), *(walk.Cut(n, CONSUMERS) for n in across[-1:] if self.split == "m"))
 
 
 def _kernel(
@@ -114,9 +103,11 @@ def _kernel(
     outputs: int,
     transpose_rhs: bool,
     activation: str | None,
-    pieces: tuple[int, ...],
+    cuts: tuple[walk.Cut, ...],
+    near: bool,
     interpret: bool,
 ) -> None:
+    refs, brought = (refs[:-2], refs[-2:]) if near else (refs, ())
     lhs, rhs = refs[:operands], refs[operands : 2 * operands] if activation is None else refs[operands : operands + 2]
     biases, outs = refs[-8 - outputs - biased : -8 - outputs], refs[-8 - outputs : -8]
     a_smem, b_views, stage, full, empty, *notes = refs[-8:]
@@ -126,32 +117,40 @@ def _kernel(
     stages, bm, bn = config.stages, config.block_m, config.block_n
     wm, wn = (bm // CONSUMERS, bn) if config.split == "m" else (bm, bn // CONSUMERS)
     width = grid.block_n  # columns of the result in a tile
-    b_views = dict(zip((1, *pieces), b_views, strict=True)) if pieces and not interpret else {1: b_views}
+    whole = walk.Cut(1)
+    b_views = dict(zip(walk.across(cuts), b_views, strict=True)) if cuts and not interpret else {1: b_views}
 
-    def operand(pieces, at):
+    def operand(cut, at):
         """The matrix's buffer of a step; of a piece as many columns as it has."""
         if not interpret:
-            return b_views[pieces].at[at]
-        columns = pl.ds(0, width // pieces)
-        return b_views[1].at[at].at[(columns, slice(None)) if transpose_rhs else (..., columns)]
+            return b_views[cut.columns].at[at]
+        columns = pl.ds(lax.rem(at, cut.rows) * (width // cut.columns), width // cut.columns)
+        return b_views[1].at[lax.div(at, cut.rows)].at[(columns, slice(None)) if transpose_rhs else (..., columns)]
+
+    def rows_of(buffer, cut, at, mine=slice(None)):
+        """The rows of a step; where they are half of a tile's, two steps lie where one of a tile lies."""
+        return buffer.at[
+            (at, mine) if cut.rows == 1 else (lax.div(at, cut.rows), pl.ds(lax.rem(at, cut.rows) * wm, wm))
+        ]
 
     @pl.when(wg == CONSUMERS)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
+        spans = walk.bring(brought, sizes, extents)
 
-        def copies(pieces, expert, tile, step):
-            row, column, depth = tile.row, tile.column * grid.unit, tile.depth
-            columns = pl.ds(column, width // pieces)
+        def copies(cut, expert, tile, step):
+            row, column, depth = pl.ds(tile.row, bm // cut.rows), tile.column * grid.unit, tile.depth
+            columns, ring = pl.ds(column, width // cut.columns), stages * cut.rows
 
             def fetch(shares_rhs, pair, k, step):
-                at = claim(empty, step, stages)
+                at = claim(empty, step, ring)
                 span = pl.ds(k * BLOCK_K, BLOCK_K)
                 axis = None if config.cluster == 1 else "cluster"
                 of_lhs, of_rhs = (None, axis) if shares_rhs else (axis, None)
                 plgpu.copy_gmem_to_smem(
-                    lhs[pair].at[pl.ds(row, bm), span], a_in.at[at], full.at[at], collective_axes=of_lhs
+                    lhs[pair].at[row, span], rows_of(a_in, cut, at), full.at[at], collective_axes=of_lhs
                 )
-                into = operand(pieces, at)
+                into = operand(cut, at)
                 if activation is not None:
                     for half in range(2):
                         source = rhs[half].at[expert, span, columns]
@@ -181,9 +180,9 @@ def _kernel(
         def tile(group, tile, carry):
             number, step = carry
             expert = tell(number, group, tile, tile.depth)
-            return number + 1, copies(1, expert, tile, step)
+            return number + 1, copies(whole, expert, tile, step)
 
-        (number, step), piece = walk.fold(grid, sizes, extents, pieces, tile, (jnp.int32(0), jnp.int32(0)))
+        (number, step), piece = walk.fold(grid, *spans, cuts, tile, (jnp.int32(0), jnp.int32(0)))
         if piece is None:
             dismiss(notes, number)
             drain(empty, step, stages)
@@ -192,11 +191,11 @@ def _kernel(
         expert = tell(number, piece.group, piece.tile, last)
         drain(empty, step, stages)  # a piece's buffers lie across those of tiles
 
-        for some in pieces:
+        for cut in cuts:
 
-            @pl.when(piece.pieces == some)
-            def _(some=some):
-                drain(empty, copies(some, expert, piece.tile, jnp.int32(0)), stages)
+            @pl.when(piece.pieces == cut.number)
+            def _(cut=cut):
+                drain(empty, copies(cut, expert, piece.tile, jnp.int32(0)), stages * cut.rows)
 
         heard_all(notes, number + 1)
 
@@ -206,9 +205,9 @@ def _kernel(
         tall = config.split == "m"
         mine_m = pl.ds(wg * wm, wm) if tall else slice(None)
 
-        def layout(pieces):
+        def layout(cut):
             """Shape of a warpgroup's result, and in how many parts it leaves."""
-            shape = (wm, (wn if activation is None else width) // pieces)
+            shape = (wm, (wn if activation is None else width) // cut.columns)
             return shape, parts_of(shape, staged.at[wg])
 
         def store(part, value, out, at):
@@ -224,11 +223,11 @@ def _kernel(
 
         late = outputs == 1 and deferred(config, outs[0].dtype)
 
-        def tile(note, hear, carry, pieces=1):
+        def tile(note, hear, carry, cut=whole):
             step, held = carry
             row, count, column, *expert, depth = note
             column, depth = column * grid.unit, depth * operands
-            shape, parts = layout(pieces)
+            (shape, parts), ring = layout(cut), stages * cut.rows
             mine_n = slice(None) if tall else pl.ds(wg * shape[1], shape[1])
             if tall:
                 row, count = row + wg * wm, jnp.clip(count - wg * wm, 0, wm)
@@ -238,9 +237,9 @@ def _kernel(
 
             def accumulate(*accs):
                 def multiply(k, step):
-                    at = lax.rem(step, stages)
+                    at = lax.rem(step, ring)
                     plgpu.barrier_wait(full.at[at])
-                    a, b = a_smem.at[at, mine_m, :], operand(pieces, at)
+                    a, b = rows_of(a_smem, cut, at, mine_m), operand(cut, at)
                     if activation is not None:
                         for half, acc in enumerate(accs):
                             plgpu.wgmma(acc, a, b.at[half])
@@ -249,7 +248,7 @@ def _kernel(
                     else:
                         plgpu.wgmma(accs[0], a, b.at[:, mine_n])
                     plgpu.wgmma_wait(len(accs))  # so the step before is done, and its buffers are free
-                    release_last(empty, step, stages, k > 0)
+                    release_last(empty, step, ring, k > 0)
                     return step + 1
 
                 after, begun = step, jnp.int32(0)
@@ -262,7 +261,7 @@ def _kernel(
                 after = lax.fori_loop(begun, depth, multiply, after)
                 following = hear()
                 plgpu.wgmma_wait(0)
-                release_last(empty, after, stages, depth > 0)
+                release_last(empty, after, ring, depth > 0)
                 values = [acc[...] for acc in accs]
                 for i, bias in enumerate(biases):  # read here: before, there are no registers for it
                     ours = bias.at[expert[0], pl.ds(column, shape[1])]
@@ -271,7 +270,7 @@ def _kernel(
                 if activation is not None:
                     values = [gated(activation, *values), *values][:outputs]
                 values = [value.astype(out.dtype) for value, out in zip(values, outs, strict=True)]
-                if late and pieces == 1:
+                if late and cut == whole:
                     return following, (after, [(values[0], at)])
                 for value, out in zip(values, outs, strict=True):
                     for part in range(parts):
@@ -282,19 +281,28 @@ def _kernel(
             return pl.run_scoped(accumulate, *accs)
 
         nowhere = Spot(jnp.int32(0), jnp.int32(0), jnp.int32(0))  # no rows: nothing is stored before the first tile
-        nothing = [(jnp.zeros(layout(1)[0], outs[0].dtype), nowhere)] if late else []
+        nothing = [(jnp.zeros(layout(whole)[0], outs[0].dtype), nowhere)] if late else []
         (*place, last), (_, held) = follow(notes, tile, (jnp.int32(0), nothing))
         for value, of_last in held:
-            for part in range(layout(1)[1]):
+            for part in range(layout(whole)[1]):
                 store(part, value, outs[0], of_last)
-        plgpu.wait_smem_to_gmem(0)
-        for some in pieces:
+        if cuts:  # a piece may leave in another number of parts, so that cells cannot be told by what was last in them
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for cut in cuts:
 
-            @pl.when(lax.div(-1 - last, jnp.int32(MOST_STEPS)) == some)
-            def _(some=some):
+            @pl.when(lax.div(-1 - last, jnp.int32(MOST_STEPS)) == cut.number)
+            def _(cut=cut):
                 note = *place, lax.rem(-1 - last, jnp.int32(MOST_STEPS))
-                tile(note, lambda: (), (jnp.int32(0), []), some)
-                plgpu.wait_smem_to_gmem(0)
+
+                @pl.when((wg == 0) | (cut.rows == 1))
+                def _():
+                    tile(note, lambda: (), (jnp.int32(0), []), cut)
+
+                @pl.when((wg != 0) & (cut.rows > 1))
+                def _():
+                    pass_by(full, empty, note[-1] * operands, stages * cut.rows)
+
+        plgpu.wait_smem_to_gmem(0)
 
 
 def product(
@@ -342,7 +350,6 @@ def gated_product(
 
 
 def _call(lhs, rhs, biases, spans, outs, width, b_tile, copies, config, interpret, **options) -> list[Array]:
-    cell = SWIZZLE // jnp.dtype(outs[0].dtype).itemsize
     sizes, extents = spans.group_sizes, spans.extents
     grid = schedule.Grid(
         groups=sizes.shape[0],
@@ -359,36 +366,32 @@ def _call(lhs, rhs, biases, spans, outs, width, b_tile, copies, config, interpre
     )
     options |= {"grid": grid, "config": config, "operands": len(lhs), "outputs": len(outs), "interpret": interpret}
     rounds = -(-grid.rows // grid.block_m) * -(-grid.columns // width) / block.multiprocessors()
-    pieces = config.pieces(width) if rounds < MOST_ROUNDS else ()
-    options |= {"biased": len(biases), "pieces": pieces}
+    cuts = config.cuts(width) if rounds < MOST_ROUNDS else ()
+    item, out_item = (jnp.dtype(a.dtype).itemsize for a in (rhs[0], outs[0]))
+    taken = config.stages * (config.block_m * BLOCK_K + math.prod(b_tile)) * item
+    near = walk.nearby(grid, taken + CONSUMERS * config.cells * 64 * SWIZZLE)
+    options |= {"biased": len(biases), "cuts": cuts, "near": bool(near)}
     # The last tile's columns may stick out; unlike a copy's, a load's must be there.
     biases = [jnp.pad(bias, ((0, 0), (0, width))) for bias in biases]
-    columns_at = b_tile.index(width)  # of the matrix's tile: pieces have fewer
-    buffers = [
-        plgpu.SMEM(
-            (config.stages, *b_tile[:columns_at], width // some, *b_tile[columns_at + 1 :]),
-            rhs[0].dtype,
-            transforms=tiled(rhs[0].dtype),
-        )
-        for some in (1, *pieces)
-    ]
+    buffers = ring_of(config.stages, b_tile, b_tile.index(width), walk.across(cuts), rhs[0].dtype)
+    ring = config.stages * max((cut.rows for cut in cuts), default=1)
     kernel = plgpu.kernel(
         functools.partial(_kernel, **options),
         out_type=list(outs),
         scratch_types=[
             two_views((config.stages, config.block_m, BLOCK_K), lhs[0].dtype, interpret),
             buffers[0] if interpret or len(buffers) == 1 else plgpu.RefUnion(*buffers),
-            two_views((CONSUMERS, config.cells, 64, cell), outs[0].dtype, interpret),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
-            free_slots(config),
+            two_views((CONSUMERS, config.cells, 64, SWIZZLE // out_item), outs[0].dtype, interpret),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=ring),
+            free_slots(config, ring),
             *notebook(NOTE + bool(biases)),
+            *near,
         ],
         kernel_name="grouped_matmul" if options["activation"] is None else "grouped_gate_up",  # in a profile
         **launch(config, barriers=False, approximate=options["activation"] is not None),
     )
-    sizes = sizes.astype(jnp.int32)
-    if grid.parts > 1:  # the walk adds up the groups of an expert before it cuts them off
-        sizes = groups.within(sizes, grid.rows)
+    sizes = sizes.astype(jnp.int32)  # the walk adds up the groups of an expert before it cuts them off
+    sizes = groups.within(sizes, grid.rows) if grid.parts > 1 else sizes
     operands = (sizes, sizes if extents is None else extents.astype(jnp.int32), *lhs, *rhs, *biases)
     # A kernel does not pass on over which mesh axes its operands vary.
     return [groups.vary(out, *operands) for out in kernel(*operands)]
