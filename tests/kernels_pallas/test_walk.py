@@ -98,7 +98,7 @@ def test_whole_tiles_and_pieces_cover_what_whole_tiles_alone_do(cuts, block_n, a
 @pytest.mark.parametrize(
     ("sizes", "columns", "block_n", "split", "defer", "transpose_rhs", "pieces"),
     [
-        ((128, 0, 512, 0), 256, 256, "m", True, False, 4),  # four groups: their sizes are read from shared memory
+        ((128, 0, 512, 0), 256, 256, "m", True, False, 4),
         ((128, 0, 256), 512, 256, "n", False, True, 2),
         ((128, 512, 0), 192, 192, "m", True, True, 3),
         ((512, 0, 128), 128, 128, "m", True, True, 4),  # two pieces of the columns, each of half of the rows
@@ -144,6 +144,62 @@ def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch, sizes
 
     same_without_races(run)
     assert max(taken) == pieces
+
+
+@pytest.mark.parametrize("axis", [None, "n", "k"])
+def test_sizes_and_extents_near_or_far_give_the_same_bits(monkeypatch, axis):
+    found = []
+    lhs, rhs, sizes = normal(0, 424, 256), normal(1, 4, 256, 256), jnp.array([256, 0, 40, 128], jnp.int32)
+    extents = None if axis is None else jnp.array([256, 64, 128, 64], jnp.int32)
+    config = rows.Config(split="m", stages=2, block_n=128, divide=True)
+    for rounds in (0, 1 << 20):
+        monkeypatch.setattr(walk, "FEW_ROUNDS", rounds)
+        seen = watch(monkeypatch, "nearby")
+        with interpreted(races=True):
+            spans = rows.Spans(sizes, extents, axis or "n")
+            options = {"transpose_rhs": False, "dtype": jnp.bfloat16, "config": config, "interpret": True}
+            found.append(np.asarray(rows.product([(lhs, rhs)], spans, **options), np.float32))
+            assert not gpu_callbacks.get_races().races_found
+        assert [bool(scratch) for scratch in seen] == [rounds == 0]
+    expected, start = np.full((424, 256), np.nan, np.float32), 0
+    for expert, size in enumerate(sizes.tolist()):
+        deep, wide = (int(extents[expert]) if axis == name else 256 for name in "kn")
+        x, w = (np.asarray(a, np.float32) for a in (lhs[start : start + size, :deep], rhs[expert, :deep, :wide]))
+        expected[start : start + size, :wide] = x @ w
+        start += size
+    valid = np.isfinite(expected)
+    np.testing.assert_array_equal(found[0][valid], found[1][valid])
+    np.testing.assert_allclose(found[0][valid], expected[valid], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("groups", "axis", "rounds", "free", "shape"),
+    [
+        (64, None, 8.0, 3072, (1, 64)),
+        (64, "n", 8.0, 3072, (2, 64)),
+        (128, "k", 8.0, 3072, (2, 128)),
+        (8, "k", 8.0, 3072, (2, 32)),  # a copy begins at a multiple of 128 bytes
+        (60, None, 8.0, 3072, (1, 64)),
+        (256, None, 8.0, 3072, (1, 256)),
+        (256, "n", 8.0, 3072, None),  # 2 KiB, and 2 more for notes and barriers
+        (256, "n", 8.0, 4096, (2, 256)),
+        (64, None, 8.0, 3071, None),
+        (6, None, 8.0, 1 << 16, None),  # 24 bytes are no whole copy
+        (512, None, 8.0, 1 << 16, None),
+        (64, None, 3.9, 3072, None),
+    ],
+)
+def test_what_is_brought_near_fits_beside_the_buffers(groups, axis, rounds, free, shape):
+    grid = schedule.Grid(groups, 1600, 768, 6, 128, 256, 64, 1, 8, axis)
+    scratch = walk.nearby(grid, rounds, walk.SHARED - free)
+    assert [a.shape for a in scratch[:1]] == ([] if shape is None else [shape])
+
+
+def watch(monkeypatch, name):
+    """A list that gets what `walk`'s function of that name returns."""
+    seen, plain = [], getattr(walk, name)
+    monkeypatch.setattr(walk, name, lambda *args: seen.append(plain(*args)) or seen[-1])
+    return seen
 
 
 def same_without_races(run):

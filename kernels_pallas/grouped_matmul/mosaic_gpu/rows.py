@@ -369,7 +369,7 @@ def _call(lhs, rhs, biases, spans, outs, width, b_tile, copies, config, interpre
     cuts = config.cuts(width) if rounds < MOST_ROUNDS else ()
     item, out_item = (jnp.dtype(a.dtype).itemsize for a in (rhs[0], outs[0]))
     taken = config.stages * (config.block_m * BLOCK_K + math.prod(b_tile)) * item
-    near = walk.nearby(grid, taken + CONSUMERS * config.cells * 64 * SWIZZLE)
+    near = walk.nearby(grid, rounds, taken + CONSUMERS * config.cells * 64 * SWIZZLE)
     options |= {"biased": len(biases), "cuts": cuts, "near": bool(near)}
     # The last tile's columns may stick out; unlike a copy's, a load's must be there.
     biases = [jnp.pad(bias, ((0, 0), (0, width))) for bias in biases]

@@ -23,8 +23,10 @@ from jax import lax
 from kernels_pallas.grouped_matmul.mosaic_gpu import schedule
 
 SHARED = 227 * 1024  # bytes of a block on Hopper
-ALIGNED = 1024  # bytes that an array begins at a multiple of
-MOST_BROUGHT = 256  # elements along an axis that one copy takes
+ALIGNED = 1024  # bytes that a buffer begins at a multiple of
+COPIED = 16, 128, 256  # a copy has a multiple of so many bytes, begins at one of so many, and takes so many elements
+FEW_ROUNDS = 4
+"""To bring sizes near takes 2 to 3 us (H100, decoding 8 rows of OLMoE), which few steps of a walk do not take."""
 
 
 class _Round(NamedTuple):
@@ -60,14 +62,16 @@ class Piece(NamedTuple):
     tile: schedule.Tile
 
 
-def nearby(grid: schedule.Grid, taken: int) -> list[Any]:
-    """The scratch that `bring` needs; nothing where the groups do not fit beside the `taken` bytes of a block's
-    buffers, or are not what one copy takes (multiples of 16 bytes)."""
-    arrays = 1 + (grid.extent_axis is not None)
-    own = -(-4 * arrays * grid.groups // ALIGNED) * ALIGNED
-    if grid.groups % 4 or grid.groups > MOST_BROUGHT or taken + own + 2 * ALIGNED > SHARED:  # beside notes and barriers
+def nearby(grid: schedule.Grid, rounds: float, taken: int) -> list[Any]:
+    """The scratch that `bring` needs; nothing where the walk is short, or the groups do not fit beside the `taken`
+    bytes of a block's buffers or into a copy."""
+    multiple, start, most = COPIED
+    arrays, row = 1 + (grid.extent_axis is not None), -(-4 * grid.groups // start) * start
+    own = -(-arrays * row // ALIGNED) * ALIGNED
+    fits = 4 * grid.groups % multiple == 0 and grid.groups <= most
+    if rounds < FEW_ROUNDS or not fits or taken + own + 2 * ALIGNED > SHARED:  # beside notes and barriers
         return []
-    return [plgpu.SMEM((arrays, grid.groups), jnp.int32), plgpu.Barrier(num_arrivals=arrays)]
+    return [plgpu.SMEM((arrays, row // 4), jnp.int32), plgpu.Barrier(num_arrivals=arrays)]
 
 
 def bring(scratch: Sequence[Any], sizes: Any, extents: Any) -> tuple[Any, Any]:
@@ -77,7 +81,7 @@ def bring(scratch: Sequence[Any], sizes: Any, extents: Any) -> tuple[Any, Any]:
     near, arrived = scratch
     count = near.shape[0]
     for i, far in enumerate((sizes, extents)[:count]):
-        plgpu.copy_gmem_to_smem(far, near.at[i], arrived)
+        plgpu.copy_gmem_to_smem(far, near.at[i, : far.shape[0]], arrived)
     plgpu.barrier_wait(arrived)
     return near.at[0], near.at[count - 1]
 
