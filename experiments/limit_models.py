@@ -96,9 +96,10 @@ def model_rows(setting: Setting, mesh: Mesh, how: How, shared: dict[str, Any]) -
     for arm in arms:
         y, decided = jax.device_get(run[arm.kind](virtual[arm.kind], tokens, arm.limits))
         expected[arm.label], counts[arm.label] = y, []
-        for i, (made, expert, valid) in enumerate(zip(*decided, strict=True)):
+        for i, each in enumerate(zip(*decided, strict=True)):
             copies = rank_layers.placement(counts[BASE.label][i].before, ranks) if arm.copies else None
-            counts[arm.label].append(rank_layers.counted(made, expert, valid, None, experts=experts, copies=copies))
+            of_each = rank_layers.of_ranks((*each, None), ranks)
+            counts[arm.label].append(rank_layers.counted(*of_each, experts=experts, copies=copies))
     del run, virtual
     none = counts[BASE.label]
     bases = {False: rank_layers.placed(model, mesh)}

@@ -102,6 +102,12 @@ def observed(layer: MoELayer, x: jax.Array, in_force: tuple[Limit, ...]) -> tupl
     return layer.complete(flight, x)[0], (made.expert, kept.expert, kept.valid, kept.level)
 
 
+def of_ranks(decided: Sequence[np.ndarray | None], ranks: int) -> tuple[Any, ...]:
+    """What :func:`observed` gave, ``[R, T, ...]``. Without a limit nothing sees virtual ranks, and a record has one
+    rank with the tokens of all of them, in their order."""
+    return tuple(None if a is None else a.reshape(ranks, -1, a.shape[-1]) for a in decided)
+
+
 def counted(
     made: Int[np.ndarray, "R T K"],
     expert: Int[np.ndarray, "R T k"],
@@ -177,7 +183,9 @@ def on_ranks(
     loads = np.bincount(decided[arms[0].label][0].ravel(), minlength=experts)
     copies = placement(loads, ranks)
     counts = {
-        arm.label: counted(*decided.pop(arm.label), experts=experts, skip=skip, copies=copies if arm.copies else None)
+        arm.label: counted(
+            *of_ranks(decided.pop(arm.label), ranks), experts=experts, skip=skip, copies=copies if arm.copies else None
+        )
         for arm in arms
     }
 

@@ -23,21 +23,22 @@ def run(output: Path, *arguments: str) -> int:
         return session.call(load_aware_speed.define_flags, load_aware_speed.command, call)
 
 
-def test_counts_of_virtual_ranks_are_those_of_a_loop():
+@pytest.mark.parametrize("in_force", [(limits.threshold_drop(0.3, gap=0.1),), ()])
+def test_counts_of_virtual_ranks_are_those_of_a_loop(in_force):
     setting = drop_scores.setting_of("olmoe", tiny=True)
     with quick_compilation():
         layer = drop_layers.with_config(drop_scores.make_layer(setting), virtual_ranks=2)
         x = drop_scores.make_tokens(setting, 2 * setting.tokens).reshape(2, setting.tokens, -1)
-        in_force = (limits.threshold_drop(0.3, gap=0.1),)
         begin = jax.jit(lambda layer, x: layer.begin(x, RouteContext(record=True), in_force).record)
         record = jax.device_get(begin(layer, x))
     kept = record.kept
-    decided = (record.made.expert, kept.expert, kept.valid, kept.level)
+    decided = rank_layers.of_ranks((record.made.expert, kept.expert, kept.valid, kept.level), 2)
     found = rank_layers.counted(*decided, experts=setting.moe.num_experts)
+    _, expert, valid, level = decided
     work, to, half = np.zeros(2), np.zeros((2, 2)), setting.moe.num_experts // 2
-    for source, token, k in np.argwhere(kept.valid):
-        device = int(kept.expert[source, token, k]) // half
-        work[device] += 0.5 if kept.level[source, token, k] else 1.0
+    for source, token, k in np.argwhere(valid):
+        device = int(expert[source, token, k]) // half
+        work[device] += 0.5 if level is not None and level[source, token, k] else 1.0
         to[source, device] += 1
     np.testing.assert_array_equal(found.work, work)
     share = to.max() / (setting.tokens * setting.moe.router.k / 2)
@@ -50,7 +51,6 @@ def test_rows_say_what_travels():
     assert rank_layers.sent(dataclasses.replace(config, ep_buffer_factor=1.0), 64, 2) == "tokens"
 
 
-@pytest.mark.slow  # the law of its limits: tests/test_threshold.py; what it counts: above
 def test_thresholds_by_load_drop_less_for_the_same_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arms = load_aware_speed.arms_of
     monkeypatch.setattr(load_aware_speed, "arms_of", lambda *a: [arm for arm in arms(*a) if arm.label[:2] != "1T"])
