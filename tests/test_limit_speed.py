@@ -122,7 +122,6 @@ def test_loads_of_a_trace(recorded: Path):
 # --- the commands -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # its parts: above, and tests/test_replication.py
 def test_rows_of_a_layer_and_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Path):
     families = limit_layers.families
 
