@@ -69,6 +69,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
 
 
+MOST_MAPPED = 20_000
+"""Memory maps of a process with which the next test module does not begin: Linux allows 65,530, each compiled program
+has some, and where no more can be had XLA ends the process with a segmentation fault."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forgets compiled programs after a module when the process has many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPED:
+        import jax  # after its variables are set
+
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiles quickly, and keeps programs for the other tests of the module."""
