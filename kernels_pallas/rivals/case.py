@@ -17,6 +17,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3}
 LAYER_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 3e-3}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BETWEEN_USES = 500_000_000  # bytes between two uses of an input, ten times the L2 of an H100
+MANY = 16  # how often a program of short calls goes over its sets of inputs
 TILE = 128  # rows of a tile: what the dense ceiling is discounted by
 EXTENT_BLOCK = 64  # columns that extents count in: `grouped_matmul.groups`, which other processes do not import
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from kernels_pallas.rivals import case as cases
 from kernels_pallas.rivals import timing
-from kernels_pallas.rivals.case import BETWEEN_USES, Case, Settings, WrongResult
+from kernels_pallas.rivals.case import BETWEEN_USES, MANY, Case, Settings, WrongResult
 
 Tensors = tuple[Any, Any, Any]
 
@@ -131,18 +131,21 @@ def time_product(case: Case, settings: Settings, product: Callable[..., Any]) ->
         def every() -> object:
             return [product(*s) for s in sets]
 
+        def many() -> object:
+            return [every() for _ in range(MANY)][-1]
+
         call: Callable[[], object] = every
-        captured = False
+        rounds = 1
         if case.operation == "decode" and device() == "cuda":
             try:
-                call, captured = graph(every), True
+                call, rounds = graph(many), MANY  # as many as in a program of ours: replays have gaps between them
             except RuntimeError:
                 torch().cuda.synchronize()
-        timings = timing.repeat(events(call), settings.repeats, settings.target_ms, per_call=len(sets))
+        timings = timing.repeat(events(call), settings.repeats, settings.target_ms, per_call=len(sets) * rounds)
         if not all(bool(torch().isfinite(product(*s)).all()) for s in sets):
             raise WrongResult("some elements are not finite after the timings")
-    row = timings.fields() | {"relative_error": found, "input_sets": len(sets), "cuda_graph": captured}
-    return row | versions()
+    graphs = {"rounds": rounds, "cuda_graph": rounds > 1}
+    return timings.fields() | {"relative_error": found, "input_sets": len(sets)} | graphs | versions()
 
 
 def release() -> None:

@@ -171,6 +171,28 @@ def test_a_wrong_product_is_caught(damage):
         jax_run.check(case, damage(out), operands)
 
 
+def test_a_program_of_several_rounds_calls_again_and_keeps_the_last_results():
+    sets = [(jnp.full((2, 3), float(i)), jnp.ones((3, 4))) for i in range(2)]
+    calls = []
+
+    def product(a, b):
+        jax.debug.callback(lambda: calls.append(1))
+        return a @ b
+
+    for rounds in (1, 3):
+        calls.clear()
+        outs = jax.block_until_ready(jax.jit(jax_run.over_sets(product, rounds))(*sets))
+        jax.effects_barrier()
+        assert len(calls) == 2 * rounds
+        assert [float(out[0, 0]) for out in outs] == [0, 3]
+    # and without anything that must happen in each round: XLA does not take the products out of the loop
+    text = jax.jit(jax_run.over_sets(lambda a, b: a @ b, 3)).lower(*sets).compile().as_text()
+    inside, entry = text.split("ENTRY")
+    assert " while(" in text
+    assert " dot(" not in entry
+    assert inside.count(" dot(") == 2
+
+
 def test_a_wrong_weight_gradient_is_caught_also_for_an_expert_without_rows():
     case = grouped("drhs")
     (operands,) = jax_run.operands(case)

@@ -19,7 +19,7 @@ import kernels_pallas
 from kernels_pallas.dispatch import Backend
 from kernels_pallas.grouped_matmul import api, groups, padded, ref, specs
 from kernels_pallas.grouped_matmul.ffn import Weights
-from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block, outer, rows, schedule, tuning
+from kernels_pallas.grouped_matmul.mosaic_gpu import backend, block, outer, rows, schedule, tuning, walk
 from kernels_pallas.moe_ffn import composed
 from kernels_pallas.moe_ffn import ref as layer_ref
 from tests.kernels_pallas import oracle
@@ -106,6 +106,109 @@ def test_deferred_stores_write_the_same_bits(split, cluster, transpose_rhs, dtyp
         expected, out = (KERNELS.product(lhs, rhs, sizes, extents, config=config, **options) for config in (now, later))
     np.testing.assert_array_equal(np.asarray(out, np.float32)[:399], np.asarray(expected, np.float32)[:399])
     assert np.any(np.asarray(out)[:200]) and not np.any(np.asarray(out)[200:260])
+
+
+FEW = {
+    "forward": rows.Config(block_m=64, block_n=128, stages=2, few=16),
+    "tall": rows.Config(block_n=128, stages=2, split="m", few=16),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_only_the_rows_of_a_short_group_are_copied(monkeypatch, name):
+    """Groups of up to 16, up to 64 and more rows; the bits are those of a kernel that always copies whole tiles."""
+    sizes, experts, k, n, copied = jnp.array([9, 0, 16, 17, 1, 64, 70, 130, 3], jnp.int32), 9, 128, 192, set()
+    lhs, rhs, valid = normal(0, 312, k).at[310:].set(jnp.nan), normal(1, experts, k, n), 310
+    copy = plgpu.copy_gmem_to_smem
+
+    def watched(source, into, *args, **options):
+        if into.shape[-1] == 64 and len(into.shape) == 2:  # rows, and not a matrix of 128 columns
+            copied.add(into.shape[0])
+        return copy(source, into, *args, **options)
+
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", watched)
+    options = {"transpose_rhs": False, "extent_axis": "n"}
+    config, outs = FEW[name], []
+    for few in (0, 16):
+        copied.clear()
+        with interpreted():
+            chosen = dataclasses.replace(config, few=few)
+            outs.append(KERNELS.product(lhs, rhs, sizes, None, dtype=jnp.bfloat16, config=chosen, **options))
+        assert copied == ({16, 64, config.block_m} if few else {config.block_m})
+    close(outs[1], ref.grouped_matmul(*wide((lhs, rhs)), sizes, **options), 5e-3, valid)
+    np.testing.assert_array_equal(*(np.asarray(out, np.float32)[:valid] for out in outs))
+
+
+def test_gate_and_up_of_short_groups():
+    sizes, e, d, f = jnp.array([9, 0, 16, 40, 1], jnp.int32), 5, 128, 192
+    xs, gate, up = normal(0, 72, d).at[66:].set(jnp.nan), normal(1, e, d, f), normal(2, e, d, f)
+    config = tuning.default("gated", 72, e, d)
+    assert config.heights(walk.Cut(1)) == (16, 64, 128)
+    with interpreted():
+        small = dataclasses.replace(config, stages=2)
+        (h,) = rows.gated_product(
+            xs, gate, up, rows.Spans(sizes), activation="swiglu", save=False, config=small, interpret=True
+        )
+    gates, ups = (ref.grouped_matmul(*wide((xs, w)), sizes) for w in (gate, up))
+    close(h, jax.nn.silu(gates) * ups, 1e-2, 66)
+
+
+def test_rows_are_not_left_out_of_clusters_and_divided_tiles():
+    assert rows.Config(few=16, cluster=2).heights(walk.Cut(1)) == (128,)
+    assert rows.Config(few=16, divide=True, split="m").heights(walk.Cut(4, 2)) == (64,)
+    assert rows.Config(block_m=64, few=16).heights(walk.Cut(1)) == (16, 64)
+
+
+def test_a_walk_over_many_empty_groups(monkeypatch):
+    """Eight rows of 32 experts: most groups are empty, and more of them are read together."""
+    sizes = np.zeros(32, np.int32)
+    sizes[[0, 3, 17, 30, 31]] = 1, 3, 1, 2, 1
+    seen, ahead = [], schedule._ahead
+    monkeypatch.setattr(schedule, "_ahead", lambda *args: seen.append(args) or ahead(*args))
+    lhs, rhs = normal(0, 8, 64), normal(1, 32, 64, 128)
+    with interpreted():
+        out = KERNELS.product(
+            lhs,
+            rhs,
+            jnp.asarray(sizes),
+            None,
+            transpose_rhs=False,
+            extent_axis="n",
+            dtype=jnp.bfloat16,
+            config=FEW["tall"],
+        )
+    assert len(seen) % schedule.AHEAD_OF_FEW == 0
+    assert seen
+    close(out, ref.grouped_matmul(*wide((lhs, rhs)), jnp.asarray(sizes)), 5e-3, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["forward", "transposed", "gated"])
+def test_on_a_device_rows_that_are_not_copied_do_not_matter(kernel):
+    """From one row to more than a tile, where what lies in the place of the other rows is of earlier tiles."""
+    experts, d, f = 64, 1024, 512
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(config, xs, gate, up, sizes):
+        if kernel == "gated":
+            options = {"activation": "swiglu", "save": False, "config": config, "interpret": False}
+            return rows.gated_product(xs, gate, up, rows.Spans(sizes), **options)[0]
+        matrix = up.swapaxes(1, 2) if kernel == "transposed" else up
+        options = {"transpose_rhs": kernel == "transposed", "extent_axis": "n", "dtype": jnp.bfloat16}
+        return backend.KERNELS.product(xs, matrix, sizes, None, config=config, **options)
+
+    gate, up = normal(1, experts, d, f), normal(2, experts, d, f)
+    for total in (1, 8, 64, 200, 512, 1000, 2048):
+        sizes, room = specs.dirichlet(experts, total, 5.0), total + -total % 8
+        sizes = sizes if total < 1000 else np.sort(sizes)[::-1]  # long groups first: theirs is what is left in memory
+        xs = normal(0, room, d).at[total:].set(jnp.nan)
+        config = tuning.default(kernel, total, experts, d)
+        configs = (config, dataclasses.replace(config, few=0))
+        assert config.few
+        out, whole = (np.asarray(run(c, xs, gate, up, jnp.asarray(sizes))[:total], np.float32) for c in configs)
+        np.testing.assert_array_equal(out, whole)
+        assert np.all(np.isfinite(out))
+        assert np.any(out, axis=1).all()
 
 
 def outer_ref(lhs, grad, sizes):

@@ -332,7 +332,7 @@ def test_a_bench_times_programs_in_turn_on_several_sets():
     order.clear()
     timed = bench.time(program("a"), program("b"), rounds=2)
     assert [len(t.seconds) for t in timed] == [6, 6] and all(s > 0 for t in timed for s in t.seconds)
-    a, b = (t.calls // len(sizes) for t in timed)
+    a, b = (t.calls // (len(sizes) * bench.rounds) for t in timed)
     assert order[-6 * (a + b) :] == (["a"] * a + ["b"] * b) * 6
     (refused,) = bench.compile([rows.Config(stages=5)])
     assert isinstance(refused, Exception)
@@ -451,6 +451,14 @@ def test_stages_are_as_many_as_shared_memory_holds():
         trial.lower(problem, rows.Config(block_m=block_m, stages=stages))
         with pytest.raises(ValueError, match="exceeds available shared memory"):
             trial.lower(problem, rows.Config(block_m=block_m, stages=stages + 1))
+
+
+@pytest.mark.parametrize("kind", candidates.TILES)
+def test_a_tile_names_both_of_its_sides(kind):
+    """Else the stages that fit are counted without one of them."""
+    for tile in candidates.TILES[kind]:
+        assert "block_n" in tile
+        assert ("block_k" if kind == "outer" else "block_m") in tile
 
 
 @pytest.mark.slow

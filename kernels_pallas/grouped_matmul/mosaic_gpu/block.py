@@ -197,6 +197,14 @@ def release_last(empty: Any, step: Any, stages: int, condition: Any) -> None:
         plgpu.barrier_arrive(empty.at[lax.rem(step + stages - 1, stages)])
 
 
+def by_size(count: Any, sizes: tuple[int, ...], body: Callable[[int], None]) -> None:
+    """Calls `body` with the first of some rising sizes that holds `count`; with the last if none does."""
+    below = [True, *(count > size for size in sizes[:-1])]
+    for size, more in zip(sizes, below, strict=True):
+        condition = more if size == sizes[-1] else more & (count <= size)
+        body(size) if condition is True else pl.when(condition)(functools.partial(body, size))
+
+
 def pass_by(full: Any, empty: Any, steps: Any, stages: int) -> None:
     """What a warpgroup does that has nothing to multiply: frees each buffer as soon as it is full."""
 

@@ -24,7 +24,7 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"block_m": 128, "block_n": 192, "split": "m", "defer": True},
         {"block_m": 256, "block_n": 128, "split": "m", "defer": False},
     ],
-    "decode": [
+    "decode forward": [
         {"block_m": 64, "block_n": 256, "split": "n"},
         {"block_m": 64, "block_n": 128, "split": "n"},
         {"block_m": 128, "block_n": 64, "split": "m"},
@@ -35,6 +35,10 @@ TILES: dict[str, list[dict[str, Any]]] = {
         {"block_m": 128, "block_n": 256, "split": "m", "defer": False},
         {"block_m": 128, "block_n": 256, "split": "m", "cells": 4},
         {"block_m": 256, "block_n": 128, "split": "m", "defer": False},
+    ],
+    "decode gated": [
+        {"block_m": 128, "block_n": 128, "split": "m"},
+        {"block_m": 128, "block_n": 256, "split": "m"},
     ],
     "outer": [
         {"block_k": 128, "block_n": 256, "defer": True},
@@ -62,8 +66,9 @@ def stages_that_fit(tile: dict[str, Any]) -> int:
 def first_round(problem: Problem, earlier: tuning.Config | None = None) -> list[tuning.Config]:
     """The default, the earlier choice, and each tile with as many stages as fit."""
     default = problem.default()
-    decode = problem.operation == "forward" and problem.rows <= tuning.DECODE_ROWS * problem.experts
-    of_kind = TILES["decode" if decode else problem.operation]
+    of_kind = TILES[problem.operation]
+    if tuning.decodes(problem.rows, problem.experts):
+        of_kind = TILES.get(f"decode {problem.operation}", of_kind)
     tiles = [dataclasses.replace(default, **tile, stages=stages_that_fit(tile)) for tile in of_kind]
     return list(dict.fromkeys([default, *([earlier] if earlier else []), *tiles]))
 

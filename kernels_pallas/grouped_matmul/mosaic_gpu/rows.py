@@ -6,11 +6,10 @@ operands arrive while the last one is stored. With `Config.defer` the last tile 
 multiplied.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,6 +27,7 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     Spans,
     Spot,
     announce,
+    by_size,
     claim,
     deferred,
     dismiss,
@@ -46,6 +46,7 @@ from kernels_pallas.grouped_matmul.mosaic_gpu.block import (
     store_rows,
     two_views,
 )
+from kernels_pallas.grouped_matmul.mosaic_gpu.config import Config
 
 BLOCK_K = 64
 # Words of a note: first row, rows of it that are the group's, first column in units, depth; with biases one more, the
@@ -55,41 +56,6 @@ MOST_STEPS = 1 << 20
 """A last note, of a piece of a tile, ends with -1 - (how many pieces) * MOST_STEPS - (its steps)."""
 MOST_ROUNDS = 28
 """To divide a last round costs 0.6 to 1.5 % (H100, by the look ahead), and saves a quarter of a round in the mean."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How one block works.
-
-    Attributes:
-        block_m, block_n: tile of a block; BLOCK_K columns of lhs are taken at a time.
-        stages: tiles of operands in flight.
-        cells: pieces of the result that a warpgroup has on their way out, each 64 rows of one swizzle.
-        split: which side of the tile the two multiplying warpgroups divide.
-        cluster: blocks that share an operand's copy, 1 or 2.
-        band: clusters' row tiles that are worked on together.
-        defer: a tile's result stays in registers, and is stored while the next tile is multiplied. Of one result of two
-            bytes an element: for more there are not enough registers.
-        divide: the tiles of the last round are divided among blocks that would wait for them (`walk.py`), without
-            clusters, and where there are few rounds.
-    """
-
-    block_m: int = 128
-    block_n: int = 256
-    stages: int = 4
-    cells: int = 2
-    split: Literal["m", "n"] = "n"
-    cluster: int = 1
-    band: int = 8
-    defer: bool = False
-    divide: bool = False
-
-    def cuts(self, width: int) -> tuple[walk.Cut, ...]:
-        """How a tile of `width` columns may be cut: a warpgroup's are whole swizzles of 64. Where rows are halved too,
-        a block has one warpgroup's, and the other has nothing to do."""
-        least = 64 if self.split == "m" else 64 * CONSUMERS
-        across = [n for n in (2, 3, 4) if width % (n * least) == 0] if self.divide and self.cluster == 1 else []
-        return (*map(walk.Cut, across), *(walk.Cut(n, CONSUMERS) for n in across[-1:] if self.split == "m"))
 
 
 def _kernel(
@@ -127,7 +93,7 @@ def _kernel(
         columns = pl.ds(lax.rem(at, cut.rows) * (width // cut.columns), width // cut.columns)
         return b_views[1].at[lax.div(at, cut.rows)].at[(columns, slice(None)) if transpose_rhs else (..., columns)]
 
-    def rows_of(buffer, cut, at, mine=slice(None)):
+    def rows_of(buffer, cut, at, mine):
         """The rows of a step; where they are half of a tile's, two steps lie where one of a tile lies."""
         return buffer.at[
             (at, mine) if cut.rows == 1 else (lax.div(at, cut.rows), pl.ds(lax.rem(at, cut.rows) * wm, wm))
@@ -139,7 +105,7 @@ def _kernel(
         spans = walk.bring(brought, sizes, extents)
 
         def copies(cut, expert, tile, step):
-            row, column, depth = pl.ds(tile.row, bm // cut.rows), tile.column * grid.unit, tile.depth
+            column, depth = tile.column * grid.unit, tile.depth
             columns, ring = pl.ds(column, width // cut.columns), stages * cut.rows
 
             def fetch(shares_rhs, pair, k, step):
@@ -147,9 +113,13 @@ def _kernel(
                 span = pl.ds(k * BLOCK_K, BLOCK_K)
                 axis = None if config.cluster == 1 else "cluster"
                 of_lhs, of_rhs = (None, axis) if shares_rhs else (axis, None)
-                plgpu.copy_gmem_to_smem(
-                    lhs[pair].at[row, span], rows_of(a_in, cut, at), full.at[at], collective_axes=of_lhs
-                )
+
+                def take(height):
+                    source = lhs[pair].at[pl.ds(tile.row, height), span]
+                    into = rows_of(a_in, cut, at, pl.ds(0, height))
+                    plgpu.copy_gmem_to_smem(source, into, full.at[at], collective_axes=of_lhs)
+
+                by_size(tile.count, config.heights(cut), take)
                 into = operand(cut, at)
                 if activation is not None:
                     for half in range(2):

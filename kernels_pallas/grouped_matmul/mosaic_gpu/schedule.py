@@ -38,6 +38,8 @@ from kernels_pallas.grouped_matmul.groups import EXTENT_BLOCK, ExtentAxis
 
 AHEAD = 4
 """Groups that are read together on the walk."""
+AHEAD_OF_FEW = 16
+"""The same where most groups are empty, as in decoding a token: 0.1 to 0.7 us of 17 (H100)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,8 @@ def seek(grid: Grid, sizes: Any, extents: Any, place: Place, slot: Any) -> Place
 
     def advance(p: Place) -> Place:
         # What is read does not depend on the walk, so it is read for several groups at a time.
-        for ahead in [_ahead(grid, sizes, extents, p.turn + 1 + i) for i in range(AHEAD)]:
+        together = AHEAD_OF_FEW if grid.rows < grid.groups else AHEAD
+        for ahead in [_ahead(grid, sizes, extents, p.turn + 1 + i) for i in range(together)]:
             p = jax.tree.map(functools.partial(jnp.where, earlier(p)), following(p, ahead), p)
         return p
 

@@ -23,7 +23,8 @@ from kernels_pallas.grouped_matmul.ffn import Hidden, Weights, activate
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, tuning
 from kernels_pallas.grouped_matmul.mosaic_gpu.block import CONSUMERS
 from kernels_pallas.rivals import timing
-from kernels_pallas.rivals.case import BETWEEN_USES, TOLERANCE, WrongResult
+from kernels_pallas.rivals.case import BETWEEN_USES, MANY, TOLERANCE, WrongResult
+from kernels_pallas.rivals.jax_run import over_sets
 
 DTYPE = jnp.bfloat16
 ALPHA = 5.0  # of the Dirichlet distribution of the groups
@@ -63,7 +64,7 @@ class Problem:
     @property
     def saves(self) -> bool:
         """Whether `gated` writes the pre-activations too, as training does and decoding does not."""
-        return self.rows / self.experts > tuning.DECODE_ROWS
+        return not tuning.decodes(self.rows, self.experts)
 
     def default(self) -> tuning.Config:
         """The configuration that the rule of `tuning` gives."""
@@ -196,6 +197,8 @@ class Bench:
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self.problem, self.settings = problem, settings
         self.kernels = backend.Kernels(interpret=settings.interpret)
+        decodes = tuning.decodes(problem.rows, problem.experts)
+        self.rounds = MANY if decodes and not settings.interpret else 1
         count = 1 if settings.interpret else max(2, timing.copies(problem.bytes, BETWEEN_USES))
         made = [self._operands(seed) for seed in range(count)]
         self.sets = jax.block_until_ready([operands for operands, _ in made])
@@ -214,7 +217,7 @@ class Bench:
         def one(config: tuning.Config) -> Callable[..., Any] | Exception:
             run = jax.jit(call(self.problem, config, self.kernels))
             try:
-                return jax.jit(lambda sets: [run(*s) for s in sets]).lower(self.sets).compile()
+                return jax.jit(lambda sets: over_sets(run, self.rounds)(*sets)).lower(self.sets).compile()
             except Exception as error:  # whatever the compiler has to say about a configuration
                 return error
 
@@ -243,7 +246,7 @@ class Bench:
         batches = [timing.wall_clock(lambda run=run: run(self.sets), jax.block_until_ready) for run in runs]
         if self.settings.interpret:
             return [timing.Timings((batch(1),), 1) for batch in batches]
-        each, target = len(self.sets), self.settings.target_ms
+        each, target = len(self.sets) * self.rounds, self.settings.target_ms
         calls = [timing.repeat(batch, 1, target, per_call=each).calls // each for batch in batches]
         seconds = [
             [batch(k) / (k * each) for batch, k in zip(batches, calls, strict=True)]

@@ -28,7 +28,8 @@ from kernels_pallas.grouped_matmul.groups import EXTENT_BLOCK
 from kernels_pallas.grouped_matmul.mosaic_gpu import outer, rows
 
 FOLDER = pathlib.Path(__file__).with_name("tuned")
-DECODE_ROWS = 32  # mean rows of an expert up to which reading the matrices is what takes time
+DECODE_ROWS = 32  # mean rows of an expert: see `decodes`
+FEW = 16  # rows that are copied at least: most groups have no more when a few hundred tokens are decoded
 # From so many summed columns, or rows of an expert, on a tile takes so long that its end does not count (H100: deferred
 # stores gain 4 to 11 % for 768 to 2,048 columns, 3 to 5 % for 4,096, and -1 to 2 % for 7,168 and more).
 LONG_DEPTH, LONG_ROWS = 8192, 2048
@@ -115,17 +116,23 @@ def nearest(operation: str, num_rows: int, experts: int, k: int, n: int) -> dict
     return best["config"]
 
 
+def decodes(num_rows: int, experts: int) -> bool:
+    """Whether rows are so few that reading the matrices is what takes time."""
+    return num_rows <= DECODE_ROWS * experts
+
+
 def default(operation: str, num_rows: int, experts: int, k: int) -> Config:
     """The rule where nothing was measured."""
-    mean = num_rows / experts
     if operation == "outer":  # the sum runs over rows
-        return outer.Config(cluster=1, defer=True) if mean < LONG_ROWS else outer.Config()
+        return outer.Config(cluster=1, defer=True) if num_rows / experts < LONG_ROWS else outer.Config()
     if operation == "gated":
         # Warpgroups divide the rows, so that each holds gate and up of its own. Deferred stores gain 0 to 2 % (H100).
-        return rows.Config(split="m", defer=mean > DECODE_ROWS, divide=mean > DECODE_ROWS)
-    if mean <= DECODE_ROWS:
+        if decodes(num_rows, experts):
+            return rows.Config(block_n=128, stages=5, split="m", few=FEW)
+        return rows.Config(split="m", defer=True, divide=True)
+    if decodes(num_rows, experts):
         # Few rows: narrow tiles, so that even few groups with rows keep all multiprocessors reading, and deep buffers.
-        return rows.Config(block_m=64, block_n=128, stages=8)
+        return rows.Config(block_m=64, block_n=128, stages=8, few=FEW)
     return rows.Config(split="m", defer=True, divide=True) if k < LONG_DEPTH else rows.Config(divide=True)
 
 

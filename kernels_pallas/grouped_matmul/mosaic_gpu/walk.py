@@ -26,7 +26,8 @@ SHARED = 227 * 1024  # bytes of a block on Hopper
 ALIGNED = 1024  # bytes that a buffer begins at a multiple of
 COPIED = 16, 128, 256  # a copy has a multiple of so many bytes, begins at one of so many, and takes so many elements
 FEW_ROUNDS = 4
-"""Below so many rounds of tiles sizes stay where they are: decoding 8 rows of OLMoE gained nothing from it (H100)."""
+"""Below so many rounds of tiles sizes stay where they are. Whether decoding would gain is not known: it was timed only
+with the host's start of its programs, which took longer."""
 
 
 class _Round(NamedTuple):
