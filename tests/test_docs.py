@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments import run, session
@@ -306,3 +307,29 @@ def test_the_page_lists_the_laws():
 @pytest.mark.parametrize("law", LAWS)
 def test_the_router_keeps_every_law(law: Any, top_p: None):
     law("top_p")
+
+
+# --- the kernels page -------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_kernels_page_computes_what_it_says(capsys: pytest.CaptureFixture[str]):
+    (code,) = blocks(ROOT / "docs/kernels.md", "python")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    x, gate, up, down, weight, chosen = (
+        np.asarray(names[name], np.float32) for name in ("x", "gate", "up", "down", "weight", "expert")
+    )
+    wanted, ups = np.zeros_like(x), []
+    for token, (experts, weights) in enumerate(zip(chosen.astype(int), weight, strict=True)):
+        for expert, share in zip(experts, weights, strict=True):
+            h = x[token] @ gate[expert]
+            ups.append((expert, x[token] @ up[expert]))
+            wanted[token] += share * (h / (1 + np.exp(-h)) * ups[-1][1] @ down[expert])
+    np.testing.assert_allclose(np.asarray(names["y"], np.float32), wanted, atol=0.03)  # bfloat16 of up to about 4
+    sorted_ups = np.stack([row for _, row in sorted(ups, key=lambda pair: pair[0])])
+    np.testing.assert_allclose(np.asarray(names["hidden"], np.float32), sorted_ups, atol=0.03)
+    whole = np.tile([True, False], len(gate)).repeat(np.asarray(names["halves"]))
+    some = np.asarray(names["some"], np.float32)
+    np.testing.assert_allclose(some[whole], sorted_ups[whole], atol=0.03)
+    np.testing.assert_allclose(some[~whole, :128], sorted_ups[~whole, :128], atol=0.03)
+    assert "mosaic_gpu: " in capsys.readouterr().out
