@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from kernels_pallas.grouped_matmul import specs
 from kernels_pallas.grouped_matmul.mosaic_gpu import backend, rows, schedule, tuning, walk
-from tests.kernels_pallas.test_mosaic_gpu import KERNELS, interpreted, normal
+from tests.kernels_pallas.test_mosaic_gpu import KERNELS, exact, interpreted, normal
 
 MOST = 64  # tiles of a block
 
@@ -111,9 +111,9 @@ def test_pieces_have_the_same_bits_and_no_race(
     monkeypatch, sizes, columns, block_n, split, defer, transpose_rhs, pieces
 ):
     taken = count_pieces(monkeypatch)
-    lhs, sizes = normal(0, sum(sizes), 192), jnp.array(sizes, jnp.int32)
+    lhs, sizes = exact(0, sum(sizes), 192), jnp.array(sizes, jnp.int32)
     experts = len(sizes)
-    rhs = normal(1, experts, columns, 192) if transpose_rhs else normal(1, experts, 192, columns)
+    rhs = exact(1, experts, columns, 192) if transpose_rhs else exact(1, experts, 192, columns)
     config = rows.Config(split=split, defer=defer, stages=2, block_n=block_n)
     options = {"transpose_rhs": transpose_rhs, "extent_axis": "n", "dtype": jnp.bfloat16}
 
@@ -134,8 +134,8 @@ def test_pieces_have_the_same_bits_and_no_race(
 )
 def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch, sizes, save, defer, pieces):
     taken, experts = count_pieces(monkeypatch), len(sizes)
-    xs, gate, up = normal(0, sum(sizes), 128), normal(2, experts, 128, 128), normal(3, experts, 128, 128)
-    biases = normal(4, experts, 128), normal(5, experts, 128)
+    xs, gate, up = exact(0, sum(sizes), 128), exact(2, experts, 128, 128), exact(3, experts, 128, 128)
+    biases = exact(4, experts, 128), exact(5, experts, 128)
     options = {"activation": "swiglu", "save": save, "interpret": True, "biases": biases}
 
     def run(divide):  # whole tiles are stored at once: deferred stores must not change the bits either
@@ -150,7 +150,7 @@ def test_pieces_of_gate_and_up_have_the_same_bits_and_no_race(monkeypatch, sizes
 def test_sizes_and_extents_near_or_far_give_the_same_bits(monkeypatch, axis):
     found = []
     # The interpreter takes each copy for a group of its own: whole tiles only.
-    lhs, rhs, sizes = normal(0, 512, 256), normal(1, 4, 256, 256), jnp.array([256, 0, 128, 128], jnp.int32)
+    lhs, rhs, sizes = exact(0, 512, 256), exact(1, 4, 256, 256), jnp.array([256, 0, 128, 128], jnp.int32)
     extents = None if axis is None else jnp.array([256, 64, 128, 64], jnp.int32)
     config = rows.Config(split="m", stages=2, block_n=128, divide=True)
     for rounds in (0, 1 << 20):
